@@ -1,0 +1,1293 @@
+"""Train the modded-nanogpt GPT-2-Medium speedrun's model under any map of value embeddings.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt_medium.py configs/baseline.toml [--KEY VALUE ...]
+    python train_gpt_medium.py configs/baseline.toml --check
+
+What is unusual about the model, and who had the idea, as credited by the speedrun's record list
+(https://github.com/KellerJordan/modded-nanogpt#world-record-history):
+- value embeddings: a table of V x d numbers whose row for a token is added to the attention values of the
+  layers that share the table (@KoszarskyB, after Zhou et al. 2024, https://arxiv.org/abs/2410.17897)
+- skip connections between layers, and from the embedding to every layer, with learned weights
+  (@brendanh0gan, @KoszarskyB)
+- FlexAttention within documents, under a sliding window that grows with training; most layers see half of it
+  (@KoszarskyB, @fernbear.bsky.social)
+- query-key norm, ReLU squared (https://arxiv.org/abs/2109.08668), zero-initialised projections, half of the
+  rotary frequencies zero (@Grad62304977, @YouJiacheng)
+- logits capped softly, after Gemma 2 (https://arxiv.org/abs/2408.00118)
+- Muon for the matrices (Keller Jordan, https://kellerjordan.github.io/posts/muon/)
+"""
+
+import argparse
+import difflib
+import glob
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# Architecture: what no config changes
+
+NUM_LAYERS = 16
+HEAD_DIM = 128
+SKIPS = {9: 6, 10: 4, 11: 2}  # layer -> the earlier layer whose output it adds
+LONG_WINDOW_LAYERS = {0, 4, 11, 15}  # every other layer sees half of the window
+NO_ATTENTION_LAYER = 7
+BLOCK_SIZE = 128  # tokens in a block of the attention mask
+ATTENTION_SCALE = 0.12
+LOGIT_CAP = 15.0
+
+# -----------------------------------------------------------------------------
+# Configuration
+
+
+def key(default: Any, meaning: str, **limits: int | float) -> Any:
+    """A config key: its default, what it means, and its limits (`at_least`, `at_most`, `multiple_of`)."""
+    metadata = {"meaning": meaning, "limits": limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The keys of a config file. The defaults are the published baseline."""
+
+    description: str = key("", "what the experiment asks")
+    value_embeddings: list[list[int]] = key([[0, 13], [1, 14], [2, 15]], "tables, each the list of layers that share it")
+    # data
+    train_files: str = key("data/fineweb10B/fineweb_train_*.bin", "training shards, read in sorted order")
+    val_files: str = key("data/fineweb10B/fineweb_val_*.bin", "validation shards, read in sorted order")
+    val_tokens: int = key(10_485_760, "tokens of one validation", at_least=1)
+    train_seq_len: int = key(64 * 1024, "tokens in a training sequence", at_least=1, multiple_of=BLOCK_SIZE)
+    val_seq_len: int = key(4 * 64 * 1024, "tokens in a validation sequence", at_least=1, multiple_of=BLOCK_SIZE)
+    sequences_per_step: int = key(8, "training sequences in a step, over all ranks", at_least=1)
+    # optimization
+    num_iterations: int = key(5960, "training steps", at_least=1)
+    cooldown_frac: float = key(0.7, "fraction of the steps in which the learning rates fall to 0", at_least=0, at_most=1)
+    # architecture; shards hold uint16, so 65,536 ids are all there can be
+    vocab_size: int = key(50257, "token ids; the last one is the end-of-text token", at_least=2, at_most=2**16)
+    num_heads: int = key(8, "attention heads", at_least=1)
+    model_dim: int = key(1024, "width, 128 * num_heads", at_least=1)
+    # evaluation, compilation and bookkeeping
+    val_loss_every: int = key(125, "steps between validations; 0: only at the end", at_least=0)
+    warmup_steps: int = key(10, "untimed steps that compile and warm every kernel, then are undone", at_least=0)
+    coordinate_descent_tuning: bool = key(True, "let the compiler search longer for faster kernels (CUDA only)")
+    seed: int | None = key(None, "seed of the initial weights; default: run_id", at_least=0, at_most=2**63 - 1)
+    run_id: int | None = key(None, "number of the run; default: the first free one", at_least=0, at_most=999)
+    init_from: str = key("", "checkpoint to take the initial weights from")
+    log_dir: str = key("logs", "logs go to LOG_DIR/<config's name>/<run_id>.txt")
+    save_checkpoint: bool = key(False, "write the final weights beside the log, as <run_id>.ckpt")
+
+
+KEYS = {f.name: f for f in fields(Hyperparameters)}
+TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    int | None: "an integer",
+    list[list[int]]: "a list of tables, each a list of layers, as in [[0, 13], [1, 14], [2, 15]]",
+}
+
+
+@contextmanager
+def blame(source: str) -> Iterator[None]:
+    """Put the file and key, or the option, that a ValueError came from in front of its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def check_type(value: Any, kind: Any) -> Any:
+    """`value` as the type of a config key; ValueError where it is of another type."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and (is_integer or isinstance(value, float)):
+        return float(value)
+    fits = {
+        int: is_integer,
+        int | None: is_integer,
+        bool: isinstance(value, bool),
+        str: isinstance(value, str),
+        list[list[int]]: isinstance(value, list),
+    }
+    if not fits.get(kind, False):
+        raise ValueError(f"expected {TYPE_NAMES[kind]}, found {json.dumps(value, default=str)}")
+    return value
+
+
+def check_limits(value: int | float, at_least: float | None = None, at_most: float | None = None, multiple_of: int | None = None) -> None:
+    """ValueError where a number is outside its range (NaN is outside every range)."""
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{value} is too small; use at least {at_least}")
+    if at_most is not None and not value <= at_most:
+        raise ValueError(f"{value} is too large; use at most {at_most}")
+    if multiple_of is not None and value % multiple_of:
+        below = value // multiple_of * multiple_of
+        nearest = f"{below} or {below + multiple_of}" if below else f"{multiple_of}"
+        raise ValueError(f"{value} is not a multiple of {multiple_of}; use {nearest}")
+
+
+def check_value_embeddings(tables: list) -> None:
+    """ValueError where a map of value embeddings names what is not there: see the messages."""
+    table_of: dict[int, int] = {}
+    for k, table in enumerate(tables):
+        if not isinstance(table, list):
+            raise ValueError(f"table {k} is {json.dumps(table, default=str)}, not a list of layers; write [{json.dumps(table, default=str)}]")
+        if not table:
+            raise ValueError(f"table {k} is empty; name the layers that use it, or remove it")
+        for layer in table:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise ValueError(f"table {k}: layer {json.dumps(layer, default=str)} is not an integer; layers are 0 to {NUM_LAYERS - 1}")
+            if not 0 <= layer < NUM_LAYERS:
+                raise ValueError(f"table {k}: there is no layer {layer}; layers are 0 to {NUM_LAYERS - 1}")
+            if layer == NO_ATTENTION_LAYER:
+                raise ValueError(f"table {k}: layer {layer} has no attention, so it cannot use a value embedding; remove it")
+            if layer in table_of:
+                raise ValueError(f"layer {layer} is named twice, in table {table_of[layer]} and table {k}; remove one, a layer uses one table")
+            table_of[layer] = k
+
+
+def check_value(name: str, value: Any) -> Any:
+    """The value of one config key, checked on its own; ValueError says what is wrong with it."""
+    value = check_type(value, KEYS[name].type)
+    if name == "value_embeddings":
+        check_value_embeddings(value)
+    elif isinstance(value, (int, float)):
+        check_limits(value, **KEYS[name].metadata["limits"])
+    return value
+
+
+def nearest_key(name: str) -> str:
+    """The config key that is spelled most like `name`."""
+    return difflib.get_close_matches(name, KEYS, n=1, cutoff=0.0)[0]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checked keys of a flat TOML file; ValueError names the file, the key and the fix."""
+    if not path.is_file():
+        known = [str(p) for p in (Path(__file__).parent / "configs").glob("*.toml")]
+        similar = difflib.get_close_matches(path.stem, [Path(p).stem for p in known], n=1, cutoff=0.0)
+        hint = f"; the most similar name in configs/ is {similar[0]}.toml" if similar else ""
+        raise ValueError(f"{path}: no such config file{hint}")
+    with blame(str(path)):
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"TOML syntax error: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    for name, value in values.items():
+        with blame(f"{path}: {name}"):
+            if name not in KEYS:
+                raise ValueError(f"unknown key; the nearest known one is {nearest_key(name)}")
+            values[name] = check_value(name, value)
+    return values
+
+
+def read_override(name: str, text: str) -> Any:
+    """The checked value of `--NAME TEXT`: TEXT as it would stand in TOML, strings also without quotes."""
+    with blame(f"--{name}"):
+        if KEYS[name].type is str:
+            return text
+        try:
+            parsed = tomllib.loads(f"value = {text}")
+        except tomllib.TOMLDecodeError:
+            parsed = {}
+        if list(parsed) != ["value"]:
+            raise ValueError(f"expected {TYPE_NAMES[KEYS[name].type]}, found {json.dumps(text)}")
+        return check_value(name, parsed["value"])
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are ValueErrors, so that they too are reported in one line."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; usage: {self.prog} CONFIG.toml [--KEY VALUE ...] [--check], --help lists the keys")
+
+
+def parse_command_line(arguments: Sequence[str]) -> tuple[Path, dict[str, str], bool]:
+    """The config's path, the overrides as text, and whether only to check. ValueError: an unknown option, no config."""
+    parser = CommandLine(prog="train_gpt_medium.py", usage="%(prog)s CONFIG.toml [--KEY VALUE ...] [--check]",
+                         description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("--check", action="store_true", help="check the config and everything it names, print the map, and stop")
+    for name, f in KEYS.items():
+        default = f.default_factory() if f.default is MISSING else f.default
+        shown = "" if default in ("", None) else f" (default: {json.dumps(default)})"
+        parser.add_argument(f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=f.metadata["meaning"] + shown)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        if not option.startswith("--"):
+            raise ValueError(f"unexpected argument {option}; a key is set with --KEY VALUE, and there is one config a run")
+        raise ValueError(f"{option}: unknown key; the nearest known one is --{nearest_key(option.lstrip('-'))}")
+    overrides = {name: text for name, text in vars(given).items() if name in KEYS}
+    return Path(given.config), overrides, given.check
+
+
+def load_hyperparameters(path: Path, overrides: dict[str, str]) -> Hyperparameters:
+    """Defaults, then the config file, then the command line. ValueError: see `read_config`, `read_override`."""
+    return Hyperparameters(**read_config(path) | {name: read_override(name, text) for name, text in overrides.items()})
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def draw_map(tables: list[list[int]]) -> str:
+    """The layers from first to last, a column for each table: o where a layer uses it, | between its uses."""
+    lines = [f"value embeddings: {counted(len(tables), 'table')}"]
+    for layer in range(NUM_LAYERS):
+        cells = ["o" if layer in table else "|" if min(table) < layer < max(table) else " " for table in tables]
+        used = next((f"table {k}" for k, table in enumerate(tables) if layer in table), "")
+        note = "no attention" if layer == NO_ATTENTION_LAYER else used
+        lines.append(f"  layer {layer:2d}  {' '.join(cells)}  {note}".rstrip())
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# Data
+#
+# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then its tokens as uint16.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+WHOLLY_CHECKED_TOKENS = 2**23  # shards up to this size have every token id checked
+SAMPLE_PIECES, SAMPLE_PIECE_TOKENS = 64, 2**14  # larger ones this many pieces, spread evenly
+
+
+def open_shard(path: str) -> np.memmap:
+    """The tokens of a shard, memory-mapped (n,) uint16. ValueError: wrong magic, version or length."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=3)
+    fix = "it is no shard, or damaged: make or fetch it again"
+    if size < SHARD_HEADER_BYTES:
+        raise ValueError(f"{path}: {size} bytes are too short for the header of {SHARD_HEADER_BYTES}; {fix}")
+    magic, version, num_tokens = (int(x) for x in header)
+    if magic != SHARD_MAGIC:
+        raise ValueError(f"{path}: magic number {magic} instead of {SHARD_MAGIC}; {fix}")
+    if version != SHARD_VERSION:
+        raise ValueError(f"{path}: version {version} instead of {SHARD_VERSION}; {fix}")
+    if num_tokens < 1 or size != SHARD_HEADER_BYTES + 2 * num_tokens:
+        raise ValueError(f"{path}: wrong length, the header says {num_tokens:,} tokens and the file holds {(size - SHARD_HEADER_BYTES) / 2:,.15g}; {fix}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(num_tokens,))
+
+
+def open_shards(pattern: str) -> list[np.memmap]:
+    """All shards that match a glob pattern, in sorted order. ValueError: there is none, or a bad one."""
+    paths = sorted(glob.glob(pattern))
+    if not paths:
+        raise ValueError(f"no file matches {pattern}; make or fetch the data first (README, section Data)")
+    return [open_shard(path) for path in paths]
+
+
+def batch_positions(shard_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
+    """(shard, position in it) of each batch of a stream, in order.
+
+    A batch needs its own tokens and one more (the last target), and one is left over; where a shard has no
+    room for another batch its rest is dropped. No shuffling, one epoch.
+    """
+    for shard, num_tokens in enumerate(shard_tokens):
+        for position in range(0, num_tokens - batch_tokens - 1, batch_tokens):
+            yield shard, position
+
+
+def num_batches(shard_tokens: Sequence[int], batch_tokens: int) -> int:
+    """How many batches a stream holds: the length of `batch_positions`."""
+    return sum(len(range(0, num_tokens - batch_tokens - 1, batch_tokens)) for num_tokens in shard_tokens)
+
+
+def to_inputs_and_targets(tokens: Tensor, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs (n, seq_len) int32 and targets (n, seq_len) int64 on the device, from n*seq_len + 1 int32 tokens."""
+    if device.type == "cuda":
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
+    return tokens[:-1].view(-1, seq_len), tokens[1:].long().view(-1, seq_len)
+
+
+def read_sequences(shard: np.memmap, position: int, count: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of `count` sequences that begin at a position of a shard."""
+    tokens = shard[position : position + count * seq_len + 1].astype(np.int32)
+    return to_inputs_and_targets(torch.from_numpy(tokens), seq_len, device)
+
+
+def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's sequences of each training batch, (sequences_per_step / world_size, train_seq_len), step by step."""
+    shards = open_shards(hp.train_files)
+    count = hp.sequences_per_step // world_size
+    for shard, position in batch_positions([len(s) for s in shards], hp.sequences_per_step * hp.train_seq_len):
+        yield read_sequences(shards[shard], position + rank * count * hp.train_seq_len, count, hp.train_seq_len, device)
+
+
+def val_sequences(hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number, inputs, targets) of this rank's validation sequences, (val_seq_len,) each.
+
+    The stream is cut sequence by sequence, so that every world size validates on the same sequences. (The
+    reference cuts it by one sequence a rank; the two differ only where a shard ends within val_tokens.)
+    """
+    shards = open_shards(hp.val_files)
+    positions = itertools.islice(batch_positions([len(s) for s in shards], hp.val_seq_len), hp.val_tokens // hp.val_seq_len)
+    for number, (shard, position) in enumerate(positions):
+        if number % world_size == rank:
+            inputs, targets = read_sequences(shards[shard], position, 1, hp.val_seq_len, device)
+            yield number, inputs[0], targets[0]
+
+
+def largest_token_id(shard: np.memmap) -> int:
+    """The largest id of a shard: of all of a small one's, of a sample of a large one's.
+
+    The sample is read from the file, not through the memory map, which would fetch far more around each piece.
+    """
+    if len(shard) <= WHOLLY_CHECKED_TOKENS:
+        return int(shard.max())
+    starts = np.linspace(0, len(shard) - SAMPLE_PIECE_TOKENS, SAMPLE_PIECES).astype(int)
+    pieces = (np.fromfile(shard.filename, "<u2", SAMPLE_PIECE_TOKENS, offset=SHARD_HEADER_BYTES + 2 * start) for start in starts)
+    return max(int(piece.max()) for piece in pieces)
+
+
+def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, purpose: str) -> None:
+    """ValueError where the shards are missing, damaged, of another vocabulary, or hold fewer than `needed` batches."""
+    shards = open_shards(pattern)
+    for shard in shards:
+        if (largest := largest_token_id(shard)) >= vocab_size:
+            raise ValueError(f"{shard.filename}: holds token id {largest}, but vocab_size is {vocab_size}; use data of that vocabulary, or set vocab_size")
+    lengths = [len(shard) for shard in shards]
+    found = num_batches(lengths, batch_tokens)
+    if found < needed:
+        raise ValueError(
+            f"too few tokens: {purpose} needs {needed * batch_tokens:,} ({needed:,} x {batch_tokens:,}) and the start of one more, "
+            f"the {counted(len(shards), 'shard')} at {pattern} hold {sum(lengths):,}, good for {found:,}; add shards or ask for less"
+        )
+
+
+# -----------------------------------------------------------------------------
+# Masks
+#
+# Attention is causal, within documents, and within a window of blocks of 128 tokens. Which key blocks a query
+# block sees is worked out on blocks: a *full* block is seen by every token, a *partial* one is masked token by
+# token. FlexAttention takes these lists as they are; the dense mask for CPUs is made from the same lists.
+
+DENSE_QUERY_BLOCKS = 2  # query blocks in a piece of the dense mask
+
+
+class BlockLists(NamedTuple):
+    """The key blocks of each query block, nearest first; entries of a row beyond its count mean nothing."""
+
+    partial_count: Tensor  # (blocks,) int32
+    partial: Tensor  # (blocks, blocks) int32
+    full_count: Tensor  # (blocks,) int32
+    full: Tensor  # (blocks, blocks) int32
+
+
+def document_ids(tokens: Tensor, end_of_text: int) -> Tensor:
+    """(T,) number of the document that each token of (T,) belongs to; the end-of-text token starts a document."""
+    return (tokens == end_of_text).cumsum(0)
+
+
+def nearest_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts (blocks,) and lists (blocks, blocks) of the key blocks that are true in `chosen` (query, key)."""
+    number = torch.arange(1, chosen.size(1) + 1, dtype=torch.int32, device=chosen.device)
+    order = (chosen * number).argsort(dim=1, descending=True)
+    return chosen.sum(dim=1, dtype=torch.int32), order.to(torch.int32)
+
+
+def document_blocks(docs: Tensor) -> BlockLists:
+    """The lists without a window, from the document of each token, (T,)."""
+    first, last = docs.view(-1, BLOCK_SIZE)[:, 0], docs.view(-1, BLOCK_SIZE)[:, -1]
+    block = torch.arange(len(first), device=docs.device)
+    query, k = block[:, None], block[None, :]
+    candidate = (k <= query) & (first[:, None] <= last[None, :]) & (first[None, :] <= last[:, None])
+    full = (k < query) & (first[:, None] == last[None, :]) & (last[:, None] == first[None, :])
+    return BlockLists(*nearest_first(candidate & ~full), *nearest_first(full))
+
+
+def clip_to_window(lists: BlockLists, window: Tensor) -> BlockLists:
+    """Keep the nearest window - 1 full blocks, and so many partial ones as fill the window, but at least one.
+
+    `window` is in blocks, 0-dimensional int32: a tensor, so that a new window is no new program to compile.
+    """
+    return lists._replace(
+        partial_count=torch.minimum(lists.partial_count, (window - lists.full_count).clamp(min=1)),
+        full_count=torch.minimum(lists.full_count, (window - 1).clamp(min=0)),
+    )
+
+
+def flex_mask(lists: BlockLists, docs: Tensor) -> BlockMask:
+    """The lists as FlexAttention wants them, for one batch entry and all heads alike."""
+
+    def document_causal(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (docs[q_idx] == docs[kv_idx])
+
+    partial_count, partial, full_count, full = (x[None, None].contiguous() for x in lists)
+    return BlockMask.from_kv_blocks(partial_count, partial, full_count, full, BLOCK_SIZE=BLOCK_SIZE, mask_mod=document_causal)
+
+
+class MaskedRows(NamedTuple):
+    """A piece of a dense mask: what some consecutive queries see of the keys from the first to the last that they need."""
+
+    queries: slice
+    keys: slice
+    bias: Tensor  # (queries, keys) fp32, added to the scores: 0 where a query sees a key, else -inf
+
+
+def dense_mask(lists: BlockLists, docs: Tensor) -> list[MaskedRows]:
+    """The same mask as dense pieces, in order of their queries."""
+    order = torch.arange(len(lists.full))
+    full, partial = (
+        torch.zeros(blocks.shape, dtype=torch.bool).scatter(1, blocks.long(), order < count[:, None])
+        for count, blocks in ((lists.full_count, lists.full), (lists.partial_count, lists.partial))
+    )
+    pieces = []
+    for start in range(0, len(full), DENSE_QUERY_BLOCKS):
+        rows = slice(start, min(start + DENSE_QUERY_BLOCKS, len(full)))
+        nearest_document_start = int((full | partial)[rows].any(dim=0).nonzero()[0])
+        columns = slice(nearest_document_start, rows.stop)
+        queries, keys = (slice(x.start * BLOCK_SIZE, x.stop * BLOCK_SIZE) for x in (rows, columns))
+        position = torch.arange(len(docs))
+        document_causal = (docs[queries, None] == docs[None, keys]) & (position[queries, None] >= position[None, keys])
+        full_tokens, partial_tokens = (
+            blocks[rows, columns].repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1) for blocks in (full, partial)
+        )
+        seen = full_tokens | partial_tokens & document_causal
+        pieces.append(MaskedRows(queries, keys, torch.zeros(seen.shape).masked_fill(~seen, -math.inf)))
+    return pieces
+
+
+Mask = BlockMask | list[MaskedRows]
+
+
+def attention_masks(tokens: Tensor, end_of_text: int, window: Tensor) -> tuple[Mask, Mask]:
+    """The masks of the long-window and of the short-window layers for a sequence (T,); dense on a CPU, where FlexAttention has no backward."""
+    docs = document_ids(tokens, end_of_text)
+    lists = document_blocks(docs)
+    make_mask = flex_mask if tokens.device.type == "cuda" else dense_mask
+    return make_mask(clip_to_window(lists, window), docs), make_mask(clip_to_window(lists, window // 2), docs)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention of q, k, v (1, heads, T, head_dim) under either kind of mask."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, scale=ATTENTION_SCALE)
+    rows = (
+        F.scaled_dot_product_attention(q[:, :, piece.queries], k[:, :, piece.keys], v[:, :, piece.keys], attn_mask=piece.bias, scale=ATTENTION_SCALE)
+        for piece in mask
+    )
+    return torch.cat(list(rows), dim=2)
+
+
+# -----------------------------------------------------------------------------
+# Model
+
+LOSS_CHUNK_TOKENS = 64 * 1024  # logits of more tokens at once would not fit: 65,536 x 50,304 in fp32 are 13 GB
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without a weight."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def uniform_(w: Tensor, std: float) -> Tensor:
+    """Fill with a uniform distribution around 0 of the given standard deviation."""
+    return w.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864) in which half of the frequencies are 0 (@YouJiacheng)."""
+
+    def __init__(self, max_seq_len: int):
+        super().__init__()
+        frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, HEAD_DIM // 4), torch.zeros(HEAD_DIM // 4)])
+        theta = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequency
+        self.register_buffer("cos", theta.cos(), persistent=False)  # (max_seq_len, head_dim / 2) fp32
+        self.register_buffer("sin", theta.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (1, T, heads, head_dim), rotated by position in fp32, in x's dtype."""
+        cos, sin = self.cos[: x.size(1), None], self.sin[: x.size(1), None]
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, model_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkvo_w = nn.Parameter(torch.zeros(4, model_dim, model_dim))  # query, key, value, output: (4, d, d)
+        with torch.no_grad():
+            uniform_(self.qkvo_w[:3], 0.5 * model_dim**-0.5)
+
+    def forward(self, x: Tensor, value_embedding: Tensor | None, lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
+        """x (T, d), value_embedding (T, d) or None, lambdas (2,) -> (T, d)."""
+        qkv = F.linear(x, self.qkvo_w[:3].flatten(end_dim=1)).view(1, len(x), 3, self.num_heads, HEAD_DIM)
+        q, k, v = qkv.unbind(dim=2)  # (1, T, heads, head_dim) each
+        q, k = rotary(norm(q)), rotary(norm(k))
+        v = lambdas[0] * norm(v)
+        if value_embedding is not None:
+            v = v + lambdas[1] * value_embedding.view_as(v)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return F.linear(y.transpose(1, 2).reshape(x.shape), self.qkvo_w[3])
+
+
+class MLP(nn.Module):
+    def __init__(self, model_dim: int):
+        super().__init__()
+        self.fc_w = nn.Parameter(torch.empty(4 * model_dim, model_dim))  # (4d, d)
+        self.proj_w = nn.Parameter(torch.zeros(model_dim, 4 * model_dim))  # (d, 4d)
+        with torch.no_grad():
+            uniform_(self.fc_w, 0.5 * model_dim**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, d) -> (T, d), with ReLU squared between the two products."""
+        return F.linear(F.relu(F.linear(x, self.fc_w)).square(), self.proj_w)
+
+
+class Block(nn.Module):
+    def __init__(self, layer: int, model_dim: int, num_heads: int):
+        super().__init__()
+        self.attn = CausalSelfAttention(model_dim, num_heads) if layer != NO_ATTENTION_LAYER else None
+        self.mlp = MLP(model_dim)
+
+    def forward(self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, block_lambdas: Tensor, attn_lambdas: Tensor,
+                mask: Mask, rotary: Rotary) -> Tensor:
+        """x, x0 (T, d) -> (T, d). The attention's input is not normed, the MLP's is."""
+        x = block_lambdas[0] * x + block_lambdas[1] * x0
+        if self.attn is not None:
+            x = x + self.attn(x, value_embedding, attn_lambdas, mask, rotary)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The 16-layer model; `forward` gives the loss of one sequence.
+
+    Parameter names and shapes are those of a published checkpoint. Initial values:
+
+        embed, value_embeds           N(0, 1)
+        attention's q, k, v; mlp.fc_w uniform, std 0.5 * d**-0.5
+        output projections, head      0
+        scalars                       skip weights 1, block lambdas (1, 0), attention lambdas (0.5, 0.5)
+    """
+
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.end_of_text = hp.vocab_size - 1
+        self.table_of = {layer: k for k, table in enumerate(hp.value_embeddings) for layer in table}
+        self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)  # (V, d)
+        self.value_embeds = nn.ModuleList(nn.Embedding(hp.vocab_size, hp.model_dim) for _ in hp.value_embeddings)  # (V, d) each
+        self.blocks = nn.ModuleList(Block(layer, hp.model_dim, hp.num_heads) for layer in range(NUM_LAYERS))
+        self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
+        padded_vocab_size = -(-hp.vocab_size // 128) * 128
+        self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
+        self.scalars = nn.Parameter(torch.cat([
+            torch.ones(NUM_LAYERS),  # skip weights, (L,)
+            torch.tensor([1.0, 0.0]).repeat(NUM_LAYERS),  # block lambdas, (L, 2)
+            torch.tensor([0.5, 0.5]).repeat(NUM_LAYERS),  # attention lambdas, (L, 2)
+        ]))
+
+    def use_bf16(self) -> None:
+        """Keep every matrix but the head in bf16, as on CUDA; activations follow the embedding."""
+        for module in (self.embed, self.value_embeds, self.blocks):
+            module.bfloat16()
+
+    def forward(self, tokens: Tensor, targets: Tensor, window: Tensor) -> Tensor:
+        """Mean cross-entropy (nats, fp32) of targets (T,) after tokens (T,), under a long window of `window` blocks."""
+        L = NUM_LAYERS
+        skip_weights, block_lambdas, attn_lambdas = self.scalars[:L], self.scalars[L : 3 * L].view(L, 2), self.scalars[3 * L :].view(L, 2)
+        long_mask, short_mask = attention_masks(tokens, self.end_of_text, window)
+        # A value embedding enters here: each table is read once, and every layer that shares it gets the same rows.
+        values = [table(tokens) for table in self.value_embeds]
+        x = x0 = norm(self.embed(tokens))
+        outputs: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i in SKIPS:
+                x = x + skip_weights[SKIPS[i]] * outputs[SKIPS[i]]
+            value_embedding = values[self.table_of[i]] if i in self.table_of else None
+            mask = long_mask if i in LONG_WINDOW_LAYERS else short_mask
+            x = block(x, x0, value_embedding, block_lambdas[i], attn_lambdas[i], mask, self.rotary)
+            outputs.append(x)
+        x = norm(x)
+        chunks = zip(x.split(LOSS_CHUNK_TOKENS), targets.split(LOSS_CHUNK_TOKENS))
+        return sum(self.summed_loss(x_chunk, target_chunk) for x_chunk, target_chunk in chunks) / len(tokens)
+
+    def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies of targets (T,), from x (T, d), over the padded vocabulary with capped logits."""
+        z = F.linear(x, self.lm_head_w.type_as(x)).float()
+        logits = LOGIT_CAP * z * torch.rsqrt(z.square() + LOGIT_CAP**2)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def model_on_meta(hp: Hyperparameters) -> GPT:
+    """The model without memory behind its parameters, for their names, shapes and numbers."""
+    with torch.device("meta"):
+        return GPT(replace(hp, train_seq_len=BLOCK_SIZE, val_seq_len=BLOCK_SIZE))
+
+
+def parameter_counts(model: GPT) -> dict[str, int]:
+    """How many parameters each part has."""
+    parts = {"hidden matrices": model.blocks, "embeddings": model.embed, "value embeddings": model.value_embeds}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return counts | {"head": model.lm_head_w.numel(), "scalars": model.scalars.numel()}
+
+
+# -----------------------------------------------------------------------------
+# Optimizers
+
+NEWTON_SCHULZ_COEFFICIENTS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def orthogonalize(u: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix to each u (..., rows, cols), roughly, by Newton-Schulz in u's dtype.
+
+    Source: Muon (https://kellerjordan.github.io/posts/muon/), with the coefficients of @YouJiacheng, one set an iteration.
+    """
+    wide = u.size(-2) <= u.size(-1)
+    x = u if wide else u.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in NEWTON_SCHULZ_COEFFICIENTS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def join_bits(p: Tensor, mantissa: Tensor) -> Tensor:
+    """The fp32 master weight whose upper 16 bits are the bf16 tensor `p` and whose lower 16 are the uint16 `mantissa`."""
+    return (p.view(torch.int16).to(torch.int32) << 16 | mantissa.to(torch.int32)).view(torch.float32)
+
+
+def split_bits_(p: Tensor, mantissa: Tensor, master: Tensor) -> None:
+    """Write an fp32 master weight back to `p` (truncated, not rounded) and `mantissa`: the inverse of `join_bits`."""
+    bits = master.view(torch.int32)
+    p.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
+    mantissa.copy_((bits & 0xFFFF).to(torch.uint16))
+
+
+def muon_update(p: Tensor, grad: Tensor, momentum_buffer: Tensor, mantissa: Tensor | None,
+                momentum: Tensor, lr: Tensor, weight_decay: Tensor) -> None:
+    """One Muon update of p (..., rows, cols), in place, with the momentum buffer (fp32) and mantissa of `Muon`.
+
+    `momentum`, `lr` and `weight_decay` are 0-dimensional tensors, so that new values are no new program to compile.
+    """
+    g = grad.float()
+    momentum_buffer.copy_(momentum * momentum_buffer + (1 - momentum) * g)
+    v = orthogonalize((momentum * momentum_buffer + (1 - momentum) * g).to(p.dtype))
+    master = p if mantissa is None else join_bits(p, mantissa)
+    step_size = lr * math.sqrt(max(1, p.size(-2) / p.size(-1)))
+    master = master * (1 - lr * weight_decay) - step_size * v.float()
+    if mantissa is None:
+        p.copy_(master)
+    else:
+        split_bits_(p, mantissa, master)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (Keller Jordan, https://kellerjordan.github.io/posts/muon/), sharded over the ranks.
+
+    Each group of parameters has one shape (..., rows, cols). `step` works through a group in rounds of one
+    parameter a rank:
+      1. each rank updates its own parameter of the round, from the gradient that all ranks have agreed on;
+      2. it starts gathering the round's new parameters on all ranks, and goes on with the next round meanwhile;
+      3. after the last round it waits for all of them.
+    Only the owner of a parameter has its state: the momentum buffer and, for a bf16 parameter, the mantissa,
+    the lower 16 bits of the fp32 master weight whose upper 16 bits are the parameter.
+    """
+
+    def __init__(self, param_groups: list[dict], lr: float, rank: int, world_size: int):
+        super().__init__(param_groups, dict(lr=lr, weight_decay=0.0, momentum=0.95))
+        self.rank, self.world_size = rank, world_size
+        self.update = muon_update
+        for group in self.param_groups:
+            assert len({p.shape for p in group["params"]}) == 1, "a group's parameters share one shape"
+            # Every rank takes part in every gathering: where a round has no parameter for it, with one of these.
+            group["spare"] = [torch.empty_like(group["params"][0]) for _ in range(world_size)] if world_size > 1 else []
+
+    def compile(self) -> None:
+        """Compile the update, once for each shape."""
+        self.update = torch.compile(muon_update, dynamic=False, fullgraph=True)
+
+    def state_of(self, p: Tensor) -> dict[str, Tensor | None]:
+        """The state of a parameter of this rank, made at its first update."""
+        if p not in self.state:
+            mantissa = torch.zeros_like(p, dtype=torch.uint16) if p.dtype == torch.bfloat16 else None
+            self.state[p] = dict(momentum_buffer=torch.zeros_like(p, dtype=torch.float32), mantissa=mantissa)
+        return self.state[p]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        gathers = []
+        for group in self.param_groups:
+            numbers = [torch.tensor(group[name], dtype=torch.float64) for name in ("momentum", "lr", "weight_decay")]
+            for start in range(0, len(group["params"]), self.world_size):
+                parameters = group["params"][start : start + self.world_size]
+                if self.rank < len(parameters):
+                    p = parameters[self.rank]
+                    self.update(p, p.grad, *self.state_of(p).values(), *numbers)
+                if self.world_size > 1:
+                    outputs = parameters + group["spare"][len(parameters) :]
+                    gathers.append(dist.all_gather(outputs, outputs[self.rank], async_op=True))
+        for gather in gathers:
+            gather.wait()
+
+
+def make_optimizers(model: GPT, rank: int, world_size: int) -> tuple[torch.optim.AdamW, Muon]:
+    """AdamW for embeddings, head and scalars, the same on every rank; Muon for the blocks' matrices, sharded."""
+    embeddings = [*model.embed.parameters(), *model.value_embeds.parameters()]
+    adamw = torch.optim.AdamW(
+        [dict(params=[model.lm_head_w], lr=1 / 320), dict(params=embeddings, lr=0.3), dict(params=[model.scalars], lr=0.015)],
+        betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True,
+    )
+    attention = [block.attn.qkvo_w for block in model.blocks if block.attn is not None]
+    muon_groups = [
+        dict(params=attention, weight_decay=0.01),
+        dict(params=[block.mlp.fc_w for block in model.blocks], weight_decay=0.02),
+        dict(params=[block.mlp.proj_w for block in model.blocks], weight_decay=0.02),
+    ]
+    muon = Muon(muon_groups, lr=0.025, rank=rank, world_size=world_size)
+    for group in adamw.param_groups + muon.param_groups:
+        group["initial_lr"] = group["lr"]
+    return adamw, muon
+
+
+# -----------------------------------------------------------------------------
+# Schedules, by step: the number of updates already made
+
+
+def lr_scale(step: int, num_iterations: int, cooldown_frac: float) -> float:
+    """What all learning rates are multiplied by: 1, then linearly down to 0 over the last cooldown_frac of the steps."""
+    x = step / num_iterations
+    return 1.0 if x < 1 - cooldown_frac else (1 - x) / cooldown_frac
+
+
+def muon_momentum(step: int) -> float:
+    """Linear from 0.85 at step 0 to 0.95 at step 300."""
+    fraction = min(step / 300, 1)
+    return (1 - fraction) * 0.85 + fraction * 0.95
+
+
+def window_blocks(step: int, num_iterations: int) -> int:
+    """The long window, in blocks of 128 tokens: a cubic of the progress, from 1 to 27 blocks (3456 tokens)."""
+    x = step / num_iterations
+    return max(1, math.ceil(3456 * (4 * x**3 - 6 * x**2 + 3 * x) / BLOCK_SIZE))
+
+
+@lru_cache(maxsize=1)
+def window_tensor(blocks: int, device: torch.device) -> Tensor:
+    """The window as the model takes it; cached, because a copy to the GPU in every step would make it wait."""
+    return torch.tensor(blocks, dtype=torch.int32, device=device)
+
+
+def set_schedules(optimizers: tuple[torch.optim.AdamW, Muon], step: int, hp: Hyperparameters) -> None:
+    adamw, muon = optimizers
+    for group in adamw.param_groups + muon.param_groups:
+        group["lr"] = group["initial_lr"] * lr_scale(step, hp.num_iterations, hp.cooldown_frac)
+    for group in muon.param_groups:
+        group["momentum"] = muon_momentum(step)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoint
+
+COMPILED_PREFIX = "_orig_mod."  # the published script saved its compiled module, whose names begin so
+
+
+def read_checkpoint(path: str, model: GPT) -> dict[str, Tensor]:
+    """The weights in a checkpoint under the model's names. ValueError: no checkpoint, or one that does not fit the model."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = {name.removeprefix(COMPILED_PREFIX): w for name, w in checkpoint["model"].items()}
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: not a checkpoint, a torch.save of a dict with the weights under 'model' ({type(error).__name__}: {reason})") from None
+    expected = model.state_dict()
+    fix = "it must come from a model of the same value_embeddings, vocab_size and model_dim"
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"{path}: parameter {missing[0]} is missing ({len(missing)} in all); {fix}")
+    if extra := [name for name in weights if name not in expected]:
+        raise ValueError(f"{path}: parameter {extra[0]} is not in this model ({len(extra)} in all); {fix}")
+    for name, w in weights.items():
+        if not isinstance(w, Tensor) or w.shape != expected[name].shape:
+            found = list(w.shape) if isinstance(w, Tensor) else type(w).__name__
+            raise ValueError(f"{path}: parameter {name} is {found} instead of {list(expected[name].shape)}; {fix}")
+    return weights
+
+
+def write_checkpoint(path: Path, model: GPT, step: int, code: str) -> None:
+    """Save the weights as the published script does. A file under this name is always whole: it is renamed into place."""
+    weights = {COMPILED_PREFIX + name: w.cpu() for name, w in model.state_dict().items()}
+    unfinished = path.with_name(path.name + ".unfinished")
+    torch.save(dict(step=step, code=code, model=weights), unfinished)
+    unfinished.replace(path)
+
+
+# -----------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; the only one where it was started without torchrun."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launched: bool
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        if "RANK" not in os.environ:
+            return cls(rank=0, world_size=1, local_rank=0, local_world_size=1, launched=False)
+        numbers = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        return cls(*numbers, launched=True)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def open_store(self) -> dist.Store:
+        """The ranks' shared key-value store. Each restart by torchrun gets keys of its own."""
+        if not self.launched:
+            return dist.HashStore()
+        store, _, _ = next(dist.rendezvous("env://"))
+        return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def describe_device(self) -> str:
+        """What the computation runs on, for the user and the log."""
+        ranks = counted(self.world_size, "rank")
+        if self.device.type == "cuda":
+            return f"device: {ranks}, {torch.cuda.get_device_name(self.device)}, bf16, compiled FlexAttention, NCCL"
+        return f"device: {ranks}, CPU with {counted(torch.get_num_threads(), 'thread')} a rank, fp32, dense masked attention, gloo"
+
+
+# -----------------------------------------------------------------------------
+# Checks: what a user can get wrong, found before anything starts
+
+
+def fitting_ranks(hp: Hyperparameters) -> list[int]:
+    """The numbers of ranks that can share a step's sequences and the validation's evenly."""
+    shares = math.gcd(hp.sequences_per_step, hp.val_tokens // hp.val_seq_len)
+    return [n for n in range(1, shares + 1) if shares % n == 0]
+
+
+def suggest_ranks(hp: Hyperparameters) -> str:
+    """How many ranks to start on this machine: as many of its GPUs, or else CPU cores, as can share the work. `run.sh` reads this."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here, kind = (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (cores, "CPU cores")
+    fitting = fitting_ranks(hp)
+    best = max(n for n in fitting if n <= here)
+    return f"ranks: {best} of {here} {kind} here ({', '.join(map(str, fitting))} can share the sequences evenly)"
+
+
+def check_keys_together(hp: Hyperparameters, ranks: Ranks) -> None:
+    """ValueError where keys do not fit each other, the number of ranks or the node."""
+    if hp.model_dim != HEAD_DIM * hp.num_heads:
+        raise ValueError(f"model_dim: {hp.model_dim} is not 128 * num_heads; use {HEAD_DIM * hp.num_heads} with num_heads {hp.num_heads}")
+    if hp.val_tokens % hp.val_seq_len:
+        raise ValueError(f"val_tokens: {hp.val_tokens} is not divisible by val_seq_len {hp.val_seq_len}; "
+                         f"use {-(-hp.val_tokens // hp.val_seq_len) * hp.val_seq_len}")
+    val_sequences = hp.val_tokens // hp.val_seq_len
+    fix = f"start {' or '.join(map(str, fitting_ranks(hp)))} ranks (torchrun --nproc_per_node), or change the key"
+    if hp.sequences_per_step % ranks.world_size:
+        raise ValueError(f"sequences_per_step: {hp.sequences_per_step} sequences cannot be divided among {ranks.world_size} ranks; {fix}")
+    if val_sequences % ranks.world_size:
+        raise ValueError(f"val_tokens: {val_sequences} validation sequences of {hp.val_seq_len} tokens cannot be divided among {ranks.world_size} ranks; {fix}")
+    if torch.cuda.is_available() and ranks.local_world_size > torch.cuda.device_count():
+        raise ValueError(f"torchrun started {ranks.local_world_size} ranks on a node with {torch.cuda.device_count()} GPUs; "
+                         f"use --nproc_per_node={torch.cuda.device_count()} or fewer")
+
+
+def log_path(hp: Hyperparameters, config: Path, run_id: int) -> Path:
+    return Path(hp.log_dir) / config.stem / f"{run_id:03d}.txt"
+
+
+def is_taken(log: Path) -> bool:
+    """Whether a run has this log's number: a log or a checkpoint of it is there."""
+    return log.exists() or log.with_suffix(".ckpt").exists()
+
+
+def choose_run_id(hp: Hyperparameters, config: Path) -> int:
+    """The run's number: as asked for, or the first free one. ValueError: it is taken, or no log can be written."""
+    folder = log_path(hp, config, 0).parent
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"log_dir: cannot write logs below {parent}; set log_dir to a folder that you can write to")
+    if hp.run_id is None:
+        free = (run_id for run_id in range(1000) if not is_taken(log_path(hp, config, run_id)))
+        if (run_id := next(free, None)) is None:
+            raise ValueError(f"log_dir: all run_ids from 0 to 999 are taken in {folder}; move logs away or set log_dir")
+        return run_id
+    if is_taken(log_path(hp, config, hp.run_id)):
+        raise ValueError(f"run_id: run {hp.run_id} has its log or checkpoint in {folder} already, which is never overwritten; "
+                         f"use another run_id or leave it out")
+    return hp.run_id
+
+
+def check_run(hp: Hyperparameters, config: Path, ranks: Ranks) -> None:
+    """ValueError for the first thing that would stop this run: its message names the file, the key and the fix."""
+    with blame(str(config)):
+        check_keys_together(hp, ranks)
+        choose_run_id(hp, config)
+        if hp.init_from:
+            with blame("init_from"):
+                read_checkpoint(hp.init_from, model_on_meta(hp))
+        with blame("train_files"):
+            step_tokens = hp.sequences_per_step * hp.train_seq_len
+            check_stream(hp.train_files, hp.vocab_size, step_tokens, hp.num_iterations, f"num_iterations = {hp.num_iterations}")
+        with blame("val_files"):
+            check_stream(hp.val_files, hp.vocab_size, hp.val_seq_len, hp.val_tokens // hp.val_seq_len, f"val_tokens = {hp.val_tokens}")
+
+
+class Plan(NamedTuple):
+    """A checked command line."""
+
+    config: Path
+    hp: Hyperparameters
+    only_check: bool
+
+
+def plan_run(arguments: Sequence[str], ranks: Ranks) -> Plan:
+    """The run that the command line asks for. ValueError for whatever would stop it.
+
+    With --check the number of ranks that the run will have can be given in the environment as WORLD_SIZE.
+    """
+    config, overrides, only_check = parse_command_line(arguments)
+    hp = load_hyperparameters(config, overrides)
+    if only_check:
+        ranks = replace(ranks, world_size=int(os.environ.get("WORLD_SIZE", ranks.world_size)))
+    check_run(hp, config, ranks)
+    return Plan(config, hp, only_check)
+
+
+def describe_run(hp: Hyperparameters) -> str:
+    """The map as a drawing and the parameter counts, for the user to look at before anything starts."""
+    counts = parameter_counts(model_on_meta(hp))
+    width = max(len(f"{n:,}") for n in counts.values())
+    return "\n".join([draw_map(hp.value_embeddings), "parameters:", *(f"  {n:>{width},}  {name}" for name, n in counts.items())])
+
+
+# -----------------------------------------------------------------------------
+# Log
+
+
+class RunLog:
+    """Rank 0's log file and standard output; on the other ranks (path None) it writes nothing.
+
+    Every line is in the file as soon as it is written. OSError: FileExistsError where the file is there, or it cannot be written.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.file = None if path is None else open(path, "x", buffering=1, encoding="utf-8")
+        self.bar: tqdm | None = None
+
+    def show_progress(self, num_iterations: int) -> None:
+        """From now on a bar takes the place of the training lines, where standard output is a terminal."""
+        if self.file is not None and sys.stdout.isatty():
+            self.bar = tqdm(total=num_iterations, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def to_file(self, text: str) -> None:
+        if self.file is not None:
+            print(text, file=self.file)
+
+    def line(self, text: str) -> None:
+        """A line for the file and, always, for standard output."""
+        if self.file is not None:
+            self.to_file(text)
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def train_line(self, text: str) -> None:
+        """The line of a training step: for the file, and for standard output or its progress bar."""
+        if self.bar is None:
+            self.line(text)
+        else:
+            self.to_file(text)
+            self.bar.update()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def val_line(step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> str:
+    """A validation's line, to the letter as published logs have it."""
+    return f"step:{step}/{num_iterations} val_loss:{val_loss:.6f} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+
+
+def train_line(step: int, num_iterations: int, train_time_ms: float) -> str:
+    """A training step's line, to the letter as published logs have it; `step` counts the updates made."""
+    return f"step:{step}/{num_iterations} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / step:.2f}ms"
+
+
+def describe_environment() -> str:
+    """Versions and, with CUDA, what nvidia-smi says."""
+    lines = [f"Running Python {sys.version}", f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {platform.platform()}"]
+    if torch.cuda.is_available():
+        try:
+            lines.append(subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout)
+        except OSError as error:
+            lines.append(f"nvidia-smi: {error}")
+    return "\n".join(lines)
+
+
+def write_log_header(log: RunLog, code: str, hp: Hyperparameters, ranks: Ranks) -> None:
+    """Program text, resolved configuration (TOML) and environment: what it takes to repeat the run."""
+    rule = "=" * 100
+    config = "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(hp).items())
+    log.to_file("\n".join([code, rule, config, rule, describe_environment(), ranks.describe_device(), describe_run(hp), rule]))
+
+
+def peak_memory(device: torch.device) -> str:
+    """The log's last line, in MiB: of the GPU as the published logs have it, else of this process."""
+    if device.type == "cuda":
+        return f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return f"peak memory resident: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20} MiB"
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+class Clock:
+    """Time spent on training. It runs only between `start` and `stop`, and each of these waits for all ranks and the GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stopped_ms = 0.0
+        self.started_at = 0.0
+
+    def wait_for_all(self) -> None:
+        dist.barrier()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def start(self) -> None:
+        self.wait_for_all()
+        self.started_at = time.perf_counter()
+
+    def stop(self) -> None:
+        self.wait_for_all()
+        self.stopped_ms = self.running_ms()
+
+    def running_ms(self) -> float:
+        """Milliseconds up to now, of a running clock; the GPU may be a little behind."""
+        return self.stopped_ms + 1000 * (time.perf_counter() - self.started_at)
+
+
+class Trainer:
+    """The model, its optimizers and the step; one on each rank.
+
+    A step is the same function for every world size: each rank adds up the gradients of its share of the
+    sequences, every loss weighted by 1 / sequences_per_step, and the all-reduce adds up the ranks', in the
+    parameters' dtypes.
+    """
+
+    def __init__(self, hp: Hyperparameters, ranks: Ranks):
+        self.hp, self.ranks, self.device = hp, ranks, ranks.device
+        torch.manual_seed(hp.seed)
+        with self.device:
+            self.raw_model = GPT(hp)
+        if self.device.type == "cuda":
+            self.raw_model.use_bf16()
+        if hp.init_from:
+            self.raw_model.load_state_dict(read_checkpoint(hp.init_from, self.raw_model))
+        for p in self.raw_model.parameters():
+            dist.broadcast(p.detach(), 0)
+        self.optimizers = make_optimizers(self.raw_model, ranks.rank, ranks.world_size)
+        self.loss_weight = torch.tensor(1 / hp.sequences_per_step, device=self.device)
+        self.model: nn.Module = self.raw_model
+        if self.device.type == "cuda":
+            torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
+            self.model = torch.compile(self.raw_model, dynamic=False)
+            self.optimizers[1].compile()
+
+    def window(self, step: int) -> Tensor:
+        return window_tensor(window_blocks(step, self.hp.num_iterations), self.device)
+
+    def train_step(self, step: int, inputs: Tensor, targets: Tensor) -> None:
+        """Update the weights from this rank's sequences, (n, train_seq_len) each."""
+        for sequence, sequence_targets in zip(inputs, targets):
+            self.model(sequence, sequence_targets, self.window(step)).backward(gradient=self.loss_weight)
+        reductions = [
+            [dist.all_reduce(p.grad, async_op=True) for group in optimizer.param_groups for p in group["params"]]
+            for optimizer in self.optimizers
+        ]
+        set_schedules(self.optimizers, step, self.hp)
+        for optimizer, works in zip(self.optimizers, reductions):
+            for work in works:
+                work.wait()
+            optimizer.step()
+        self.raw_model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> float:
+        """The mean loss over the validation sequences, the same for every world size."""
+        losses = torch.zeros(self.hp.val_tokens // self.hp.val_seq_len, device=self.device)
+        for number, inputs, targets in val_sequences(self.hp, self.ranks.rank, self.ranks.world_size, self.device):
+            losses[number] = self.model(inputs, targets, self.window(step))
+        dist.all_reduce(losses)
+        return losses.double().mean().item()
+
+    def warm_up(self) -> None:
+        """Compile and warm every kernel on random tokens, then restore everything: weights, optimizer and random states."""
+        hp = self.hp
+        if hp.warmup_steps == 0:
+            return
+        weights = deepcopy(self.raw_model.state_dict())
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            def random_sequences(count: int, seq_len: int) -> tuple[Tensor, Tensor]:
+                tokens = torch.randint(hp.vocab_size, (count * seq_len + 1,), dtype=torch.int32)
+                return to_inputs_and_targets(tokens, seq_len, self.device)
+
+            for _ in range(hp.warmup_steps):
+                self.train_step(0, *random_sequences(hp.sequences_per_step // self.ranks.world_size, hp.train_seq_len))
+            # Validation too: what it lacks, memory above all, shows now and not at the end of the run.
+            inputs, targets = random_sequences(1, hp.val_seq_len)
+            with torch.no_grad():
+                self.model(inputs[0], targets[0], self.window(0))
+        self.raw_model.load_state_dict(weights)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def train(trainer: Trainer, log: RunLog) -> None:
+    """Validate and train, step by step, with the clock running over training only."""
+    hp, clock = trainer.hp, Clock(trainer.device)
+    batches = train_batches(hp, trainer.ranks.rank, trainer.ranks.world_size, trainer.device)
+    log.show_progress(hp.num_iterations)
+    clock.start()
+    for step in range(hp.num_iterations + 1):
+        is_last = step == hp.num_iterations
+        if is_last or (hp.val_loss_every and step % hp.val_loss_every == 0):
+            clock.stop()
+            log.line(val_line(step, hp.num_iterations, trainer.validate(step), clock.stopped_ms))
+            clock.start()
+        if not is_last:
+            trainer.train_step(step, *next(batches))
+            log.train_line(train_line(step + 1, hp.num_iterations, clock.running_ms()))
+
+
+# -----------------------------------------------------------------------------
+# Main
+
+
+def attempt(function, *arguments) -> tuple[Any, str]:
+    """A function's result and "", or None and its complaint in one line."""
+    try:
+        return function(*arguments), ""
+    except (ValueError, OSError) as error:
+        return None, " ".join(str(error).split())
+
+
+def all_well(store: dist.Store, ranks: Ranks, question: str, problem: str) -> bool:
+    """Whether no rank has a problem; each distinct one is printed once, by rank 0, before any rank returns.
+
+    A rank that ended on its own would make torchrun end the others, perhaps before any of them had told the
+    user why. So each rank leaves its problem ("" for none) in the store, and rank 0 reads and prints them.
+    """
+    store.set(f"{question}/{ranks.rank}", problem)
+    if ranks.rank == 0:
+        answers = (store.get(f"{question}/{rank}").decode() for rank in range(ranks.world_size))
+        problems = [answer for answer in dict.fromkeys(answers) if answer]
+        for text in problems:
+            print(f"train_gpt_medium.py: {text}", file=sys.stderr, flush=True)
+        store.set(question, "problems" if problems else "well")
+    return store.get(question) == b"well"
+
+
+def claim_log(hp: Hyperparameters, config: Path) -> tuple[int, RunLog]:
+    """The run's number and its log, opened. ValueError: see `choose_run_id`."""
+    while True:
+        run_id = choose_run_id(hp, config)
+        path = log_path(hp, config, run_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return run_id, RunLog(path)
+        except FileExistsError:  # another run has taken the number since we looked
+            continue
+
+
+def run(config: Path, hp: Hyperparameters, ranks: Ranks, store: dist.Store, log: RunLog, code: str) -> None:
+    """The run itself, all checks passed."""
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+        dist.init_process_group("nccl", store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=ranks.device)
+    else:
+        dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(hp, ranks)
+    log.line(f"warm-up: {counted(hp.warmup_steps, 'step')}, not timed, then undone")
+    trainer.warm_up()
+    train(trainer, log)
+    if hp.save_checkpoint and ranks.rank == 0:
+        path = log_path(hp, config, hp.run_id).with_suffix(".ckpt")
+        write_checkpoint(path, trainer.raw_model, hp.num_iterations, code)
+        log.line(f"checkpoint: {path}")
+    log.line(peak_memory(trainer.device))
+    log.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check, then run. Returns the exit status: 2 where the user has something to mend, which has been printed."""
+    code = Path(__file__).read_text(encoding="utf-8")
+    ranks = Ranks.from_environment()
+    store = ranks.open_store()
+    plan, problem = attempt(plan_run, arguments, ranks)
+    if not all_well(store, ranks, "plan", problem):
+        return 2
+    if ranks.rank == 0:
+        print(describe_run(plan.hp), ranks.describe_device(), sep="\n", flush=True)
+    if plan.only_check:
+        if not ranks.launched:
+            print(suggest_ranks(plan.hp))
+        return 0
+
+    claim, problem = attempt(claim_log, plan.hp, plan.config) if ranks.rank == 0 else ((None, RunLog(None)), "")
+    if not all_well(store, ranks, "log", problem):
+        return 2
+    run_id, log = claim
+    if ranks.rank == 0:
+        store.set("run_id", str(run_id))
+    run_id = int(store.get("run_id"))
+    hp = replace(plan.hp, run_id=run_id, seed=run_id if plan.hp.seed is None else plan.hp.seed)
+    write_log_header(log, code, hp, ranks)
+    log.line(f"log: {log.path}")
+    run(plan.config, hp, ranks, store, log, code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
