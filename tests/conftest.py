@@ -1,0 +1,57 @@
+"""Makes `import train_gpt_medium` work from anywhere, and says what the markers mean."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from helpers import write_config, write_shard, random_tokens  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes longer than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped elsewhere")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A folder with shards of a vocabulary of 256: 3 x 20,000 training and 10,000 validation tokens."""
+    folder = tmp_path_factory.mktemp("small_data")
+    for number in (1, 2, 3):
+        write_shard(folder / f"s_train_{number:06d}.bin", random_tokens(20_000, seed=number, vocab_size=256))
+    write_shard(folder / "s_val_000000.bin", random_tokens(10_000, seed=0, vocab_size=256))
+    return folder
+
+
+@pytest.fixture
+def small_config(small_data, tmp_path):
+    """Makes `small.toml`, a config of a small model that fits `small_data`, with the given keys changed; returns its path."""
+
+    def make(**changes):
+        keys = dict(
+            train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin", log_dir=f"{tmp_path}/logs", vocab_size=256,
+            num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256, val_tokens=1024, sequences_per_step=4, num_iterations=4,
+            val_loss_every=2, warmup_steps=0,
+        )
+        return write_config(tmp_path / "small.toml", **keys | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

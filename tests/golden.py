@@ -1,0 +1,69 @@
+"""The inputs of the golden trajectories, by their formula; `golden.json` has the cases and their figures."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from helpers import write_config, write_shard
+
+CASES = json.loads(Path(__file__).with_name("golden.json").read_text())
+LAYERS, NO_ATTENTION = 16, 7
+
+
+def golden_weights(num_tables, d, vocab_size):
+    """Every parameter in fp32: the standard normal numbers of RandomState(crc32(name)), scaled by its kind."""
+
+    def normal(name, *shape):
+        state = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF)
+        return torch.from_numpy(state.standard_normal(shape).astype(np.float32))
+
+    def matrix(name, *shape):
+        return np.float32(0.5 * shape[-1] ** -0.5) * normal(name, *shape)
+
+    padded = -(-vocab_size // 128) * 128
+    initial_scalars = torch.tensor([1.0] * LAYERS + [1.0, 0.0] * LAYERS + [0.5, 0.5] * LAYERS)
+    weights = {
+        "embed.weight": normal("embed.weight", vocab_size, d),
+        "lm_head_w": np.float32(0.05) * normal("lm_head_w", padded, d),
+        "scalars": initial_scalars + np.float32(0.05) * normal("scalars", 5 * LAYERS),
+    }
+    for name in (f"value_embeds.{k}.weight" for k in range(num_tables)):
+        weights[name] = normal(name, vocab_size, d)
+    for i in range(LAYERS):
+        shapes = {f"blocks.{i}.mlp.fc_w": (4 * d, d), f"blocks.{i}.mlp.proj_w": (d, 4 * d)}
+        if i != NO_ATTENTION:
+            shapes[f"blocks.{i}.attn.qkvo_w"] = (4, d, d)
+        weights |= {name: matrix(name, *shape) for name, shape in shapes.items()}
+    return weights
+
+
+def golden_tokens(n, seed, vocab_size):
+    """Tokens of which about half follow from the one before; the rest Zipfian; documents of about 300 tokens."""
+    state = np.random.RandomState(seed)
+    end_of_text = vocab_size - 1
+    weight = 1 / np.arange(1, end_of_text + 1)
+    tokens = state.choice(end_of_text, size=n, p=weight / weight.sum())
+    follows = state.rand(n) < 0.5
+    for i in np.flatnonzero(follows[1:]) + 1:
+        tokens[i] = (7 * tokens[i - 1] + 25) % end_of_text
+    start = 0
+    while start < n:
+        tokens[start] = end_of_text
+        start += int(state.exponential(300)) + 2
+    return tokens
+
+
+def write_golden_case(name, folder):
+    """Shards, checkpoint and config of a case, in `folder`; returns the config's path."""
+    case = CASES[name]
+    d, vocab_size = case["config"]["model_dim"], case["config"]["vocab_size"]
+    for file, n, seed in (("t_train_000001", 40_000, 1), ("t_train_000002", 60_000, 2), ("t_val_000000", 20_000, 3)):
+        write_shard(folder / f"{file}.bin", golden_tokens(n, seed, vocab_size))
+    torch.save({"model": golden_weights(len(case["value_embeddings"]), d, vocab_size)}, folder / "init.pt")
+    return write_config(
+        folder / f"{name}.toml", **case["config"], value_embeddings=case["value_embeddings"], init_from=f"{folder}/init.pt",
+        train_files=f"{folder}/t_train_*.bin", val_files=f"{folder}/t_val_*.bin", log_dir=f"{folder}/logs",
+    )

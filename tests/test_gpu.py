@@ -1,0 +1,99 @@
+"""What only a GPU can run: compiled FlexAttention with its backward in bf16, and training in bf16 against fp32 on the CPU.
+
+One GPU is enough; it accumulates what eight would share.
+"""
+
+import pytest
+import torch
+
+import train_gpt_medium as train
+from golden import CASES, golden_tokens, golden_weights, write_golden_case
+from helpers import run_program, val_losses, write_config, write_shard
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def relative_error(actual, reference):
+    return ((actual.float() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 7, 27])
+def test_flex_attention_and_its_gradients_equal_the_dense_ones(window):
+    """bf16 on the GPU against dense fp32 on the CPU."""
+    T, end_of_text = 2048, 255
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, end_of_text, (T,), dtype=torch.int32, generator=generator)
+    tokens[[127, 129, 383, 640, 1500]] = end_of_text
+    q, k, v, grad = (torch.randn(1, 2, T, 128, generator=generator).bfloat16().float() for _ in range(4))
+
+    def attend(q, k, v, tokens, window):
+        docs = train.document_ids(tokens, end_of_text)
+        make_mask = train.flex_mask if tokens.is_cuda else train.dense_mask
+        return train.attend(q, k, v, make_mask(train.clip_to_window(train.document_blocks(docs), window), docs))
+
+    results = []
+    for function, device, dtype in ((attend, "cpu", torch.float32), (torch.compile(attend, dynamic=False), "cuda", torch.bfloat16)):
+        inputs = [x.detach().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, tokens.to(device), torch.tensor(window, dtype=torch.int32, device=device))
+        out.backward(grad.to(device, dtype))
+        results.append([out.detach().cpu(), *(x.grad.cpu() for x in inputs)])
+    for reference, actual in zip(*results):
+        assert relative_error(actual, reference) < 0.02
+
+
+def test_muon_update_on_the_gpu_equals_the_one_on_the_cpu():
+    results = []
+    for update, device in ((train.muon_update, "cpu"), (torch.compile(train.muon_update, dynamic=False, fullgraph=True), "cuda")):
+        p, momentum_buffer = torch.ones(256, 128, dtype=torch.bfloat16, device=device), torch.zeros(256, 128, device=device)
+        mantissa = torch.zeros(256, 128, dtype=torch.uint16, device=device)
+        grad = torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+        numbers = [torch.tensor(x, dtype=torch.float64) for x in (0.9, 0.025, 0.01)]
+        with torch.no_grad():
+            update(p, grad, momentum_buffer, mantissa, *numbers)
+        results.append(train.join_bits(p, mantissa).cpu() - 1)
+    assert relative_error(results[1], results[0]) < 0.02
+
+
+def test_shrunken_model_follows_the_cpu(tmp_path):
+    """20 steps: compiled, bf16, NCCL, FlexAttention against fp32, gloo, dense."""
+    config = write_golden_case("baseline_short", tmp_path)
+    options = ["--num_iterations", 20, "--val_loss_every", 5, "--coordinate_descent_tuning", "false"]
+    gpu, cpu = run_program(config, *options, ranks=1), run_program(config, *options, ranks=1, env=ON_CPU)
+    assert (gpu.returncode, cpu.returncode) == (0, 0), gpu.stderr + cpu.stderr
+    assert list(val_losses(gpu.stdout)) == [0, 5, 10, 15, 20]
+    assert val_losses(gpu.stdout) == pytest.approx(val_losses(cpu.stdout), abs=0.03)
+    assert val_losses(cpu.stdout)[0] == pytest.approx(CASES["baseline_short"]["val_loss"]["0"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def gpt2_shards(tmp_path_factory):
+    """Shards of the GPT-2 vocabulary with the structure of the golden ones: 12M training and 600,000 validation tokens."""
+    folder = tmp_path_factory.mktemp("gpt2_shards")
+    for name, n, seed in (("train", 12_000_000, 1), ("val", 600_000, 2)):
+        write_shard(folder / f"g_{name}.bin", golden_tokens(n, seed, 50257))
+    return dict(train_files=f"{folder}/g_train.bin", val_files=f"{folder}/g_val.bin")
+
+
+def test_full_width_model_follows_the_cpu(tmp_path, gpt2_shards):
+    torch.save({"model": golden_weights(3, 1024, 50257)}, tmp_path / "init.pt")
+    config = write_config(
+        tmp_path / "wide.toml", **gpt2_shards, log_dir=f"{tmp_path}/logs", init_from=f"{tmp_path}/init.pt", train_seq_len=256, val_seq_len=1024,
+        val_tokens=4096, sequences_per_step=2, num_iterations=20, val_loss_every=10, warmup_steps=1, coordinate_descent_tuning=False,
+    )
+    gpu, cpu = run_program(config, ranks=1), run_program(config, ranks=1, env=ON_CPU, timeout=3600)
+    assert (gpu.returncode, cpu.returncode) == (0, 0), gpu.stderr + cpu.stderr
+    assert val_losses(gpu.stdout) == pytest.approx(val_losses(cpu.stdout), abs=0.05)
+
+
+def test_full_model_trains_20_steps_at_full_length(tmp_path, gpt2_shards):
+    config = write_config(
+        tmp_path / "full.toml", **gpt2_shards, log_dir=f"{tmp_path}/logs", num_iterations=20, val_loss_every=10, val_tokens=2 * 262144,
+        warmup_steps=2, coordinate_descent_tuning=False,
+    )
+    result = run_program(config, ranks=1)
+    assert result.returncode == 0, result.stderr
+    losses = val_losses(result.stdout)
+    assert losses[0] == pytest.approx(10.825840, abs=1e-4)
+    assert losses[20] < losses[10] < losses[0]
+    assert "peak memory allocated" in result.stdout

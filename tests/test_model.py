@@ -1,0 +1,182 @@
+"""Model: names, shapes, initial values, precision, and where each value embedding enters."""
+
+import math
+
+import pytest
+import torch
+
+import train_gpt_medium as train
+from golden import golden_weights
+
+CPU = torch.device("cpu")
+BASELINE = [[0, 13], [1, 14], [2, 15]]
+
+
+def hyperparameters(**keys):
+    return train.Hyperparameters(**dict(num_heads=1, model_dim=128, vocab_size=250, train_seq_len=256, val_seq_len=512) | keys)
+
+
+def make_model(seed=0, **keys):
+    torch.manual_seed(seed)
+    return train.GPT(hyperparameters(**keys))
+
+
+def with_golden_weights(**keys):
+    """A model in which every path counts: no projection is zero."""
+    model = make_model(**keys)
+    model.load_state_dict(golden_weights(len(model.value_embeds), 128, 250))
+    return model
+
+
+def sequence(length=256, vocab_size=250):
+    tokens = torch.randint(0, vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0))
+    return tokens[:-1].int(), tokens[1:]
+
+
+WINDOW = torch.tensor(2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("tables", [[], BASELINE, [[layer] for layer in range(16) if layer != 7]], ids=["none", "baseline", "all 15"])
+def test_names_and_shapes_are_those_of_a_published_checkpoint(tables):
+    expected = {name: w.shape for name, w in golden_weights(len(tables), 128, 250).items()}
+    assert {name: w.shape for name, w in make_model(value_embeddings=tables).state_dict().items()} == expected
+
+
+def test_dtypes_on_cuda_are_bf16_but_for_head_and_scalars():
+    model = make_model()
+    model.use_bf16()
+    fp32 = {name for name, w in model.state_dict().items() if w.dtype == torch.float32}
+    assert fp32 == {"lm_head_w", "scalars"}
+    assert {w.dtype for name, w in model.state_dict().items() if name not in fp32} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
+def test_activations_are_bf16_from_the_embedding_to_the_head(monkeypatch):
+    """The precision of CUDA, on a CPU; only the attention itself, whose dense mask is fp32, is done in fp32."""
+    model, batch = with_golden_weights(), sequence(128)
+    reference = model(*batch, WINDOW).item()
+    dtypes = []
+
+    def attend_in_fp32(q, k, v, mask, attend=train.attend):
+        dtypes.extend([q.dtype, k.dtype, v.dtype])
+        return attend(q.float(), k.float(), v.float(), mask).to(q.dtype)
+
+    monkeypatch.setattr(train, "attend", attend_in_fp32)
+    for module in [model.embed, *model.value_embeds, *model.blocks, *(block.mlp for block in model.blocks)]:
+        module.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    model.use_bf16()
+    loss = model(*batch, WINDOW)
+    assert set(dtypes) == {torch.bfloat16} and len(dtypes) == 15 * 3 + 4 + 2 * 16
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(reference, abs=0.02) and loss.item() != reference
+
+
+def test_initial_values():
+    model = make_model(num_heads=2, model_dim=256, vocab_size=1000)
+    d = 256
+    for w in (model.embed.weight, *(table.weight for table in model.value_embeds)):
+        assert w.mean().item() == pytest.approx(0, abs=0.01) and w.std().item() == pytest.approx(1, rel=0.01)
+        assert w.abs().max() > 3.5
+    for w in [block.attn.qkvo_w[:3] for block in model.blocks if block.attn] + [block.mlp.fc_w for block in model.blocks]:
+        bound = math.sqrt(3) * 0.5 * d**-0.5
+        assert w.std().item() == pytest.approx(0.5 * d**-0.5, rel=0.01)
+        assert 0.99 * bound < w.abs().max() <= bound
+    for w in [block.attn.qkvo_w[3] for block in model.blocks if block.attn] + [block.mlp.proj_w for block in model.blocks] + [model.lm_head_w]:
+        assert (w == 0).all()
+    skip, block, attn = model.scalars.split([16, 32, 32])
+    assert (skip == 1).all()
+    assert block.tolist() == [1.0, 0.0] * 16
+    assert attn.tolist() == [0.5, 0.5] * 16
+
+
+def test_initial_loss_is_that_of_a_uniform_guess_over_the_padded_vocabulary():
+    assert make_model()(*sequence(), WINDOW).item() == pytest.approx(math.log(256), rel=1e-6)
+
+
+def test_tables_differ_and_another_seed_gives_other_weights():
+    model = make_model()
+    assert not torch.equal(model.value_embeds[0].weight, model.value_embeds[1].weight)
+    assert torch.equal(model.embed.weight, make_model().embed.weight)
+    assert not torch.equal(model.embed.weight, make_model(seed=1).embed.weight)
+
+
+@pytest.mark.parametrize("tables", [[], BASELINE, [[5, 6, 8]], [[0, 1, 14, 15], [4]]])
+def test_a_value_embedding_enters_in_the_layers_that_name_its_table(tables):
+    """Each layer's attention is given the rows of its own table, and no other layer any."""
+    model = with_golden_weights(value_embeddings=tables)
+    tokens, targets = sequence()
+    given = {}
+    for i, block in enumerate(model.blocks):
+        if block.attn is not None:
+            block.attn.register_forward_pre_hook(lambda module, args, i=i: given.update({i: args[1]}))
+    model(tokens, targets, WINDOW)
+    for layer in given:
+        table = next((k for k, layers in enumerate(tables) if layer in layers), None)
+        expected = None if table is None else model.value_embeds[table].weight[tokens]
+        assert (given[layer] is None) if expected is None else torch.equal(given[layer], expected)
+    assert set(given) == set(range(16)) - {7}
+
+
+def test_attention_against_the_formulas():
+    """A layer's attention, head by head and in float64, as the reference writes it."""
+    torch.manual_seed(0)
+    T, heads, d = 256, 2, 256
+    attn = train.CausalSelfAttention(d, heads)
+    torch.nn.init.normal_(attn.qkvo_w, std=0.05)
+    x, table_rows, lambdas = torch.randn(T, d), torch.randn(T, d), torch.tensor([0.6, 0.3])
+    docs = torch.zeros(T, dtype=torch.long)
+    mask = train.dense_mask(train.document_blocks(docs), docs)
+    actual = attn(x, table_rows, lambdas, mask, train.Rotary(T))
+
+    def rms(y):
+        return y / (y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+    frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, 32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)])
+    theta = torch.arange(T, dtype=torch.float64)[:, None] * frequency
+
+    def rope(y):
+        y1, y2 = y[:, :64], y[:, 64:]
+        return torch.cat([y1 * theta.cos() + y2 * theta.sin(), -y1 * theta.sin() + y2 * theta.cos()], dim=1)
+
+    wq, wk, wv, wo = attn.qkvo_w.double()
+    outputs = []
+    for head in range(heads):
+        part = slice(128 * head, 128 * (head + 1))
+        q, k, v = (rms((x.double() @ w.T)[:, part]) for w in (wq, wk, wv))
+        q, k, v = rope(q), rope(k), 0.6 * v + 0.3 * table_rows.double()[:, part]
+        scores = (0.12 * q @ k.T).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
+        outputs.append(scores.softmax(-1) @ v)
+    expected = torch.cat(outputs, dim=1) @ wo.T
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+def test_logits_are_capped_at_15_and_the_padded_vocabulary_counts():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head_w.fill_(0)
+        model.lm_head_w[3] = 100.0  # z is 12,800 for token 3 and 0 for the other 255
+    x = torch.ones(128, 128)
+    loss = model.summed_loss(x, torch.full((128,), 3)) / 128
+    logit = 15 * 12_800 / math.sqrt(12_800**2 + 225)
+    assert loss.item() == pytest.approx(math.log1p(255 * math.exp(-logit)), rel=0.02)  # about 7.8e-5; fp32 sums of about 15 are coarse
+
+
+def test_the_loss_of_a_long_sequence_is_computed_in_chunks(monkeypatch):
+    model, batch = with_golden_weights(), sequence(512)
+    whole = model(*batch, WINDOW)
+    monkeypatch.setattr(train, "LOSS_CHUNK_TOKENS", 200)
+    assert model(*batch, WINDOW).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tables", [[], BASELINE, [[0, 11], [1, 12], [2, 13], [3, 14], [4, 15]]], ids=["none", "baseline", "add_2"])
+def test_compiled_forward_with_flex_attention_equals_the_dense_one(tables, monkeypatch):
+    """The program that runs on CUDA, as far as a CPU can run it: forward only, in fp32."""
+    model, batch = with_golden_weights(value_embeddings=tables), sequence(512)
+    dense = [model(*batch, torch.tensor(window, dtype=torch.int32)).item() for window in (1, 3)]
+    monkeypatch.setattr(train, "dense_mask", train.flex_mask)
+    compiled = torch.compile(model, dynamic=False)
+    with torch.no_grad():
+        flex = [compiled(*batch, torch.tensor(window, dtype=torch.int32)).item() for window in (1, 3)]
+    assert flex == pytest.approx(dense, abs=3e-6)
+    assert abs(dense[0] - dense[1]) > 1e-4  # the window matters

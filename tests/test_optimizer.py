@@ -1,0 +1,182 @@
+"""Optimizers: Muon's update against its formulas, its bf16-plus-mantissa weights, its sharding; who optimizes what."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import train_gpt_medium as train
+
+HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(momentum=0.9, lr=0.025, weight_decay=0.01):
+    return [torch.tensor(x, dtype=torch.float64) for x in (momentum, lr, weight_decay)]
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (4, 32, 96)])
+def test_orthogonalize_brings_singular_values_near_one(shape):
+    result = train.orthogonalize(normal(*shape))
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result)
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (32, 128), (128, 32)])
+def test_orthogonalize_keeps_the_singular_vectors(shape):
+    """The result is U f(S) V^T with the U and V of the input, and f the five quintics one after the other."""
+    u = normal(*shape).double()
+    U, S, Vh = torch.linalg.svd(u, full_matrices=False)
+    s = S / (S.norm() + 1e-7)
+    for a, b, c in [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]:
+        s = a * s + b * s**3 + c * s**5
+    expected = U @ s.diag() @ Vh
+    actual = train.orthogonalize(u.float())
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+def test_each_of_q_k_v_o_is_orthogonalized_on_its_own():
+    u = normal(4, 64, 64) * torch.tensor([1.0, 10.0, 0.1, 100.0])[:, None, None]
+    together = train.orthogonalize(u)
+    for i in range(4):
+        assert torch.allclose(together[i], train.orthogonalize(u[i]), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape, scale", [((64, 64), 1.0), ((256, 64), 2.0), ((64, 256), 1.0), ((4, 32, 32), 1.0)])
+def test_muon_update_follows_the_formulas(shape, scale):
+    p, momentum_buffer = normal(*shape), torch.zeros(*shape)
+    expected, buf = p.double(), torch.zeros(*shape, dtype=torch.float64)
+    for step in range(5):
+        grad = normal(*shape, seed=step + 1)
+        m, lr, wd = 0.85 + 0.01 * step, 0.025 - 0.001 * step, 0.02
+        train.muon_update(p, grad, momentum_buffer, None, *numbers(m, lr, wd))
+        buf = m * buf + (1 - m) * grad.double()
+        u = m * buf + (1 - m) * grad.double()
+        expected = expected * (1 - lr * wd) - lr * scale * train.orthogonalize(u)
+    assert (p - expected).abs().max() < 1e-5
+    assert (momentum_buffer - buf).abs().max() < 1e-6
+
+
+def test_weight_decay_is_by_the_scheduled_learning_rate():
+    p = normal(32, 32)
+    expected = p * (1 - 0.0125 * 0.02)
+    train.muon_update(p, torch.zeros(32, 32), torch.zeros(32, 32), None, *numbers(lr=0.0125, weight_decay=0.02))
+    assert torch.equal(p, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bits_are_truncated_and_joined_again(compiled):
+    """Any fp32 number, also those whose upper 16 bits would round up, comes back exactly."""
+    bits = torch.randint(-(2**31), 2**31, (10_000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    master = torch.cat([bits.view(torch.float32), torch.tensor([0.0, -0.0, 1.0, -1.0, 1.0 + 2**-8 + 2**-20])])
+    p, mantissa = torch.zeros(len(master), dtype=torch.bfloat16), torch.zeros(len(master), dtype=torch.uint16)
+
+    def split_and_join(p, mantissa, master):
+        train.split_bits_(p, mantissa, master)
+        return train.join_bits(p, mantissa)
+
+    joined = (torch.compile(split_and_join) if compiled else split_and_join)(p, mantissa, master)
+    assert torch.equal(joined.view(torch.int32), master.view(torch.int32))
+    assert torch.equal(p.view(torch.int16).int(), master.view(torch.int32) >> 16)
+    assert p[-1].item() == 1.0  # rounding would give 1.0078125
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (4, 16, 16)])
+def test_bf16_and_mantissa_equal_an_fp32_master_weight_bit_for_bit(shape):
+    p, mantissa, momentum_buffer = normal(*shape).bfloat16(), torch.zeros(shape, dtype=torch.uint16), torch.zeros(shape)
+    master, buf = p.float(), torch.zeros(shape)
+    scale = max(1, shape[-2] / shape[-1]) ** 0.5
+    for step in range(100):
+        grad = normal(*shape, seed=step).bfloat16()
+        m, lr, wd = numbers(0.85 + step / 1000, 0.025 * (1 - step / 200), 0.01)
+        train.muon_update(p, grad, momentum_buffer, mantissa, m, lr, wd)
+        buf = m * buf + (1 - m) * grad.float()
+        v = train.orthogonalize((m * buf + (1 - m) * grad.float()).bfloat16())
+        assert v.dtype == torch.bfloat16
+        master = master * (1 - lr * wd) - (lr * scale) * v.float()
+        assert torch.equal(train.join_bits(p, mantissa).view(torch.int32), master.view(torch.int32)), step
+    assert torch.equal(p.view(torch.int16).int(), master.view(torch.int32) >> 16)
+
+
+def test_a_bf16_weight_alone_would_lose_small_updates():
+    """What the mantissa is for: updates far below bf16's resolution add up."""
+    p, mantissa = torch.ones(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16, dtype=torch.uint16)
+    for _ in range(100):
+        train.muon_update(p, torch.zeros(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16), mantissa, *numbers(lr=0.01, weight_decay=0.01))
+    assert torch.allclose(train.join_bits(p, mantissa), torch.full((16, 16), (1 - 1e-4) ** 100), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-4)])
+def test_compiled_update_equals_the_plain_one(dtype, tolerance):
+    """The program that CUDA runs, compiled for a CPU; in bf16 it may round elsewhere within Newton-Schulz."""
+    results = []
+    for update in (train.muon_update, torch.compile(train.muon_update, dynamic=False, fullgraph=True)):
+        p, momentum_buffer = normal(64, 32).to(dtype), torch.zeros(64, 32)
+        mantissa = torch.zeros(64, 32, dtype=torch.uint16) if dtype == torch.bfloat16 else None
+        with torch.no_grad():
+            for step in range(3):
+                update(p, normal(64, 32, seed=step).to(dtype), momentum_buffer, mantissa, *numbers(0.9 + step / 100))
+        results.append(p if mantissa is None else train.join_bits(p, mantissa))
+    assert (results[0] - results[1]).norm() / results[0].norm() < tolerance
+
+
+def train_sharded(rank, world_size, folder):
+    """Three steps of both optimizers on gradients that are the same on every rank; rank 0 saves the weights."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store_{world_size}", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model = train.GPT(HP)
+    optimizers = train.make_optimizers(model, rank, world_size)
+    for step in range(3):
+        for i, p in enumerate(model.parameters()):
+            p.grad = normal(*p.shape, seed=100 * step + i)
+        train.set_schedules(optimizers, step, HP)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.save(model.state_dict(), f"{folder}/weights_{world_size}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharding_over_1_2_and_3_ranks_gives_the_same_weights(tmp_path):
+    for world_size in (1, 2, 3):
+        mp.spawn(train_sharded, (world_size, tmp_path), nprocs=world_size)
+    reference = torch.load(tmp_path / "weights_1_0.pt")
+    for world_size, rank in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
+        weights = torch.load(tmp_path / f"weights_{world_size}_{rank}.pt")
+        assert all(torch.equal(weights[name], reference[name]) for name in reference), (world_size, rank)
+
+
+def test_every_parameter_is_optimized_once():
+    model = train.GPT(HP)
+    optimized = [p for optimizer in train.make_optimizers(model, 0, 1) for group in optimizer.param_groups for p in group["params"]]
+    assert len(optimized) == len(set(optimized)) and set(optimized) == set(model.parameters())
+
+
+def test_adamw_has_the_embeddings_head_and_scalars_and_muon_the_rest():
+    model = train.GPT(HP)
+    adamw, muon = train.make_optimizers(model, 0, 1)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = {names[p]: group["lr"] for group in adamw.param_groups for p in group["params"]}
+    assert groups == {"lm_head_w": 1 / 320, "scalars": 0.015, "embed.weight": 0.3, **{f"value_embeds.{k}.weight": 0.3 for k in range(3)}}
+    for group in adamw.param_groups:
+        assert (group["betas"], group["eps"], group["weight_decay"], group["fused"]) == ((0.8, 0.95), 1e-10, 0.0, True)
+    decay = {names[p].split(".")[-1]: group["weight_decay"] for group in muon.param_groups for p in group["params"]}
+    assert decay == {"qkvo_w": 0.01, "fc_w": 0.02, "proj_w": 0.02}
+    assert {group["lr"] for group in muon.param_groups} == {0.025}
+
+
+def test_adamw_keeps_its_states_in_the_parameters_dtype():
+    model = train.GPT(HP)
+    model.use_bf16()
+    adamw, _ = train.make_optimizers(model, 0, 1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    adamw.step()
+    for p, state in adamw.state.items():
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == p.dtype
