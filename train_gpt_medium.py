@@ -194,7 +194,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such config file{hint}")
     with blame(str(path)):
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"TOML syntax error: {error}") from None
         except UnicodeDecodeError as error:
@@ -451,25 +451,29 @@ class MaskedRows(NamedTuple):
     bias: Tensor  # (queries, keys) fp32, added to the scores: 0 where a query sees a key, else -inf
 
 
+def is_listed(count: Tensor, blocks: Tensor) -> Tensor:
+    """(query blocks, key blocks) bool: whether a key block is among the first `count` of a query block's list."""
+    listed = torch.arange(len(count)) < count[:, None]
+    return torch.zeros_like(listed).scatter(1, blocks.long(), listed)
+
+
+def block_to_tokens(blocks: Tensor) -> Tensor:
+    """A value a block (queries, keys) as the same value for each of its tokens."""
+    return blocks.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
+
+
 def dense_mask(lists: BlockLists, docs: Tensor) -> list[MaskedRows]:
     """The same mask as dense pieces, in order of their queries."""
-    order = torch.arange(len(lists.full))
-    full, partial = (
-        torch.zeros(blocks.shape, dtype=torch.bool).scatter(1, blocks.long(), order < count[:, None])
-        for count, blocks in ((lists.full_count, lists.full), (lists.partial_count, lists.partial))
-    )
+    full, partial = is_listed(lists.full_count, lists.full), is_listed(lists.partial_count, lists.partial)
+    position = torch.arange(len(docs))
     pieces = []
     for start in range(0, len(full), DENSE_QUERY_BLOCKS):
-        rows = slice(start, min(start + DENSE_QUERY_BLOCKS, len(full)))
-        nearest_document_start = int((full | partial)[rows].any(dim=0).nonzero()[0])
-        columns = slice(nearest_document_start, rows.stop)
-        queries, keys = (slice(x.start * BLOCK_SIZE, x.stop * BLOCK_SIZE) for x in (rows, columns))
-        position = torch.arange(len(docs))
-        document_causal = (docs[queries, None] == docs[None, keys]) & (position[queries, None] >= position[None, keys])
-        full_tokens, partial_tokens = (
-            blocks[rows, columns].repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1) for blocks in (full, partial)
-        )
-        seen = full_tokens | partial_tokens & document_causal
+        stop = min(start + DENSE_QUERY_BLOCKS, len(full))
+        first_key = int((full | partial)[start:stop].any(dim=0).nonzero()[0])
+        rows, columns = slice(start, stop), slice(first_key, stop)
+        queries, keys = slice(start * BLOCK_SIZE, stop * BLOCK_SIZE), slice(first_key * BLOCK_SIZE, stop * BLOCK_SIZE)
+        document_causal = (docs[queries, None] == docs[keys]) & (position[queries, None] >= position[keys])
+        seen = block_to_tokens(full[rows, columns]) | block_to_tokens(partial[rows, columns]) & document_causal
         pieces.append(MaskedRows(queries, keys, torch.zeros(seen.shape).masked_fill(~seen, -math.inf)))
     return pieces
 
@@ -478,7 +482,10 @@ Mask = BlockMask | list[MaskedRows]
 
 
 def attention_masks(tokens: Tensor, end_of_text: int, window: Tensor) -> tuple[Mask, Mask]:
-    """The masks of the long-window and of the short-window layers for a sequence (T,); dense on a CPU, where FlexAttention has no backward."""
+    """The masks of the long-window and of the short-window layers for a sequence (T,).
+
+    Dense on a CPU, where FlexAttention has no backward.
+    """
     docs = document_ids(tokens, end_of_text)
     lists = document_blocks(docs)
     make_mask = flex_mask if tokens.device.type == "cuda" else dense_mask
@@ -489,11 +496,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention of q, k, v (1, heads, T, head_dim) under either kind of mask."""
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, scale=ATTENTION_SCALE)
-    rows = (
-        F.scaled_dot_product_attention(q[:, :, piece.queries], k[:, :, piece.keys], v[:, :, piece.keys], attn_mask=piece.bias, scale=ATTENTION_SCALE)
-        for piece in mask
-    )
-    return torch.cat(list(rows), dim=2)
+    rows = [
+        F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=bias, scale=ATTENTION_SCALE)
+        for queries, keys, bias in mask
+    ]
+    return torch.cat(rows, dim=2)
 
 
 # -----------------------------------------------------------------------------
@@ -862,7 +869,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        if "RANK" not in os.environ:
+        if not dist.is_torchelastic_launched():
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1, launched=False)
         numbers = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         return cls(*numbers, launched=True)
@@ -975,12 +982,12 @@ class Plan(NamedTuple):
 def plan_run(arguments: Sequence[str], ranks: Ranks) -> Plan:
     """The run that the command line asks for. ValueError for whatever would stop it.
 
-    With --check the number of ranks that the run will have can be given in the environment as WORLD_SIZE.
+    With --check, the number of ranks that the run will have can be given in the environment, as WORLD_SIZE.
     """
     config, overrides, only_check = parse_command_line(arguments)
     hp = load_hyperparameters(config, overrides)
-    if only_check:
-        ranks = replace(ranks, world_size=int(os.environ.get("WORLD_SIZE", ranks.world_size)))
+    if only_check and (intended := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(intended) > 0:
+        ranks = replace(ranks, world_size=int(intended))
     check_run(hp, config, ranks)
     return Plan(config, hp, only_check)
 

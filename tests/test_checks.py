@@ -114,6 +114,12 @@ def test_toml_syntax_error_is_named_with_its_line(check, tmp_path):
     assert_one_line(check(path), path, "TOML syntax error", "line 2")
 
 
+def test_windows_line_ends_and_a_byte_order_mark_are_no_mistake(check, small_config):
+    path = small_config()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert check(path)[0] == 0
+
+
 def test_a_config_that_is_no_text(check, tmp_path):
     path = tmp_path / "bad.toml"
     path.write_bytes(b"\xff\xfe\x00")
