@@ -88,7 +88,7 @@ class Hyperparameters:
     cooldown_frac: float = key(0.7, "fraction of the steps in which the learning rates fall to 0", at_least=0, at_most=1)
     # architecture; shards hold uint16, so 65,536 ids are all there can be
     vocab_size: int = key(50257, "token ids; the last one is the end-of-text token", at_least=2, at_most=2**16)
-    num_heads: int = key(8, "attention heads", at_least=1)
+    num_heads: int = key(8, "attention heads", at_least=1, at_most=256)
     model_dim: int = key(1024, "width, 128 * num_heads", at_least=1)
     # evaluation, compilation and bookkeeping
     val_loss_every: int = key(125, "steps between validations; 0: only at the end", at_least=0)
@@ -155,7 +155,8 @@ def check_value_embeddings(tables: list) -> None:
     table_of: dict[int, int] = {}
     for k, table in enumerate(tables):
         if not isinstance(table, list):
-            raise ValueError(f"table {k} is {json.dumps(table, default=str)}, not a list of layers; write [{json.dumps(table, default=str)}]")
+            shown = json.dumps(table, default=str)
+            raise ValueError(f"table {k} is {shown}, not a list of layers; write [{shown}]")
         if not table:
             raise ValueError(f"table {k} is empty; name the layers that use it, or remove it")
         for layer in table:
@@ -166,7 +167,8 @@ def check_value_embeddings(tables: list) -> None:
             if layer == NO_ATTENTION_LAYER:
                 raise ValueError(f"table {k}: layer {layer} has no attention, so it cannot use a value embedding; remove it")
             if layer in table_of:
-                raise ValueError(f"layer {layer} is named twice, in table {table_of[layer]} and table {k}; remove one, a layer uses one table")
+                both = f"table {table_of[layer]} and table {k}"
+                raise ValueError(f"layer {layer} is named twice, in {both}; remove one, a layer uses one table")
             table_of[layer] = k
 
 
@@ -291,7 +293,8 @@ def open_shard(path: str) -> np.memmap:
     if version != SHARD_VERSION:
         raise ValueError(f"{path}: version {version} instead of {SHARD_VERSION}; {fix}")
     if num_tokens < 1 or size != SHARD_HEADER_BYTES + 2 * num_tokens:
-        raise ValueError(f"{path}: wrong length, the header says {num_tokens:,} tokens and the file holds {(size - SHARD_HEADER_BYTES) / 2:,.15g}; {fix}")
+        found = (size - SHARD_HEADER_BYTES) / 2
+        raise ValueError(f"{path}: wrong length, the header says {num_tokens:,} tokens and the file holds {found:,.15g}; {fix}")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(num_tokens,))
 
 
@@ -371,7 +374,8 @@ def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, 
     shards = open_shards(pattern)
     for shard in shards:
         if (largest := largest_token_id(shard)) >= vocab_size:
-            raise ValueError(f"{shard.filename}: holds token id {largest}, but vocab_size is {vocab_size}; use data of that vocabulary, or set vocab_size")
+            fix = "use data of that vocabulary, or set vocab_size"
+            raise ValueError(f"{shard.filename}: holds token id {largest}, but vocab_size is {vocab_size}; {fix}")
     lengths = [len(shard) for shard in shards]
     found = num_batches(lengths, batch_tokens)
     if found < needed:
@@ -638,7 +642,7 @@ class GPT(nn.Module):
 
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies of targets (T,), from x (T, d), over the padded vocabulary with capped logits."""
-        z = F.linear(x, self.lm_head_w.type_as(x)).float()
+        z = F.linear(x, self.lm_head_w.to(x.dtype)).float()
         logits = LOGIT_CAP * z * torch.rsqrt(z.square() + LOGIT_CAP**2)
         return F.cross_entropy(logits, targets, reduction="sum")
 
@@ -830,8 +834,8 @@ def read_checkpoint(path: str, model: GPT) -> dict[str, Tensor]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = {name.removeprefix(COMPILED_PREFIX): w for name, w in checkpoint["model"].items()}
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: not a checkpoint, a torch.save of a dict with the weights under 'model' ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(f"{path}: not a checkpoint, a torch.save of a dict with the weights under 'model' ({reason})") from None
     expected = model.state_dict()
     fix = "it must come from a model of the same value_embeddings, vocab_size and model_dim"
     if missing := [name for name in expected if name not in weights]:
@@ -900,7 +904,7 @@ class Ranks:
 def fitting_ranks(hp: Hyperparameters) -> list[int]:
     """The numbers of ranks that can share a step's sequences and the validation's evenly."""
     shares = math.gcd(hp.sequences_per_step, hp.val_tokens // hp.val_seq_len)
-    return [n for n in range(1, shares + 1) if shares % n == 0]
+    return [n for n in range(1, min(shares, 1024) + 1) if shares % n == 0]
 
 
 def suggest_ranks(hp: Hyperparameters) -> str:
@@ -924,7 +928,8 @@ def check_keys_together(hp: Hyperparameters, ranks: Ranks) -> None:
     if hp.sequences_per_step % ranks.world_size:
         raise ValueError(f"sequences_per_step: {hp.sequences_per_step} sequences cannot be divided among {ranks.world_size} ranks; {fix}")
     if val_sequences % ranks.world_size:
-        raise ValueError(f"val_tokens: {val_sequences} validation sequences of {hp.val_seq_len} tokens cannot be divided among {ranks.world_size} ranks; {fix}")
+        sequences = f"{val_sequences} validation sequences of {hp.val_seq_len} tokens"
+        raise ValueError(f"val_tokens: {sequences} cannot be divided among {ranks.world_size} ranks; {fix}")
     if torch.cuda.is_available() and ranks.local_world_size > torch.cuda.device_count():
         raise ValueError(f"torchrun started {ranks.local_world_size} ranks on a node with {torch.cuda.device_count()} GPUs; "
                          f"use --nproc_per_node={torch.cuda.device_count()} or fewer")
@@ -1047,7 +1052,8 @@ class RunLog:
 
 def val_line(step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> str:
     """A validation's line, to the letter as published logs have it."""
-    return f"step:{step}/{num_iterations} val_loss:{val_loss:.6f} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+    step_avg_ms = train_time_ms / max(step, 1)
+    return f"step:{step}/{num_iterations} val_loss:{val_loss:.6f} train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms"
 
 
 def train_line(step: int, num_iterations: int, train_time_ms: float) -> str:
@@ -1057,7 +1063,10 @@ def train_line(step: int, num_iterations: int, train_time_ms: float) -> str:
 
 def describe_environment() -> str:
     """Versions and, with CUDA, what nvidia-smi says."""
-    lines = [f"Running Python {sys.version}", f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {platform.platform()}"]
+    lines = [
+        f"Running Python {sys.version}",
+        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {platform.platform()}",
+    ]
     if torch.cuda.is_available():
         try:
             lines.append(subprocess.run(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout)
@@ -1076,7 +1085,8 @@ def write_log_header(log: RunLog, code: str, hp: Hyperparameters, ranks: Ranks) 
 def peak_memory(device: torch.device) -> str:
     """The log's last line, in MiB: of the GPU as the published logs have it, else of this process."""
     if device.type == "cuda":
-        return f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB reserved: {torch.cuda.max_memory_reserved() // 2**20} MiB"
+        allocated, reserved = torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
+        return f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return f"peak memory resident: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20} MiB"
 
