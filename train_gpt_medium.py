@@ -114,10 +114,10 @@ TYPE_NAMES = {
 
 @contextmanager
 def blame(source: str) -> Iterator[None]:
-    """Put the file and key, or the option, that a ValueError came from in front of its message."""
+    """Put the file and key, or the option, that an error came from in front of its message, as a ValueError."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{source}: {error}") from None
 
 
@@ -190,9 +190,9 @@ def nearest_key(name: str) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """The checked keys of a flat TOML file; ValueError names the file, the key and the fix."""
     if not path.is_file():
-        known = [str(p) for p in (Path(__file__).parent / "configs").glob("*.toml")]
-        similar = difflib.get_close_matches(path.stem, [Path(p).stem for p in known], n=1, cutoff=0.0)
-        hint = f"; the most similar name in configs/ is {similar[0]}.toml" if similar else ""
+        known = [p.stem for p in (Path(__file__).parent / "configs").glob("*.toml")]
+        similar = difflib.get_close_matches(path.stem, known, n=1)
+        hint = f"; did you mean configs/{similar[0]}.toml?" if similar else "; name a TOML file, such as configs/baseline.toml"
         raise ValueError(f"{path}: no such config file{hint}")
     with blame(str(path)):
         try:
@@ -381,7 +381,7 @@ def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, 
     if found < needed:
         raise ValueError(
             f"too few tokens: {purpose} needs {needed * batch_tokens:,} ({needed:,} x {batch_tokens:,}) and the start of one more, "
-            f"the {counted(len(shards), 'shard')} at {pattern} hold {sum(lengths):,}, good for {found:,}; add shards or ask for less"
+            f"{pattern} has {sum(lengths):,} in {counted(len(shards), 'shard')}, good for {found:,}; add shards or ask for less"
         )
 
 

@@ -177,7 +177,7 @@ def test_a_shard_that_is_too_short_for_its_header_or_empty(check, small_config, 
 
 def test_a_folder_among_the_shards(check, small_config, tmp_path):
     (tmp_path / "b_1.bin").mkdir()
-    assert_one_line(check(small_config(train_files=f"{tmp_path}/b_*.bin")), f"{tmp_path}/b_1.bin")
+    assert_one_line(check(small_config(train_files=f"{tmp_path}/b_*.bin")), "train_files: ", f"{tmp_path}/b_1.bin")
 
 
 def test_one_wrong_token_id_in_a_small_shard_is_found(check, small_config, tmp_path):
