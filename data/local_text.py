@@ -65,19 +65,24 @@ def byte_frequency_loss(train: np.ndarray, val: np.ndarray) -> float:
     return float(-np.log(counts / counts.sum())[val].mean())
 
 
-def write_shards(tokens: np.ndarray, output: Path, name: str, first_number: int) -> None:
-    """Write `<name>_<number, six digits>.bin` files of at most 100M tokens.
+def write_shards(tokens_of: dict[str, np.ndarray], output: Path) -> None:
+    """Write each name's tokens as `<name>_<number, six digits>.bin` files of at most 100M tokens; remove those of an earlier text.
 
-    A file under a shard's name is always whole: it is written under another one and renamed.
+    A file under a shard's name is always whole: all are written under other names first, and then renamed.
     """
-    for number, start in enumerate(range(0, len(tokens), SHARD_TOKENS), first_number):
-        shard = tokens[start : start + SHARD_TOKENS]
-        header = np.zeros(256, "<i4")
-        header[:3] = 20240520, 1, len(shard)
-        path = output / f"{name}_{number:06d}.bin"
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_bytes(header.tobytes() + shard.astype("<u2").tobytes())
-        unfinished.replace(path)
+    unfinished = {}
+    for name, tokens in tokens_of.items():
+        for number, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
+            shard = tokens[start : start + SHARD_TOKENS]
+            header = np.zeros(256, "<i4")
+            header[:3] = 20240520, 1, len(shard)
+            path = output / f"{name}_{number:06d}.bin"
+            unfinished[path] = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+            unfinished[path].write_bytes(header.tobytes() + shard.astype("<u2").tobytes())
+    for path, source in unfinished.items():
+        source.replace(path)
+    for old in set(output.glob("local_*.bin")) - set(unfinished):
+        old.unlink(missing_ok=True)
 
 
 def make_shards(paths: list[Path], output: Path) -> str:
@@ -88,10 +93,7 @@ def make_shards(paths: list[Path], output: Path) -> str:
         raise ValueError(f"the {len(files)} files hold too little text to make training and validation shards of; name more")
     train, val = split(documents)
     output.mkdir(parents=True, exist_ok=True)
-    for old in output.glob("local_*.bin"):  # first of all, so that shards of two texts never stand together
-        old.unlink()
-    write_shards(val, output, "local_val", 0)
-    write_shards(train, output, "local_train", 1)
+    write_shards({"local_train": train, "local_val": val}, output)
     source = ", ".join(map(str, paths)) or f"the standard library of Python {sys.version.split()[0]}"
     return (
         f"{output}: {len(documents):,} documents from {source}: {len(train):,} training and {len(val):,} validation tokens\n"

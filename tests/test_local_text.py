@@ -77,7 +77,7 @@ def test_new_text_replaces_the_old_shards(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(local_text, "SHARD_TOKENS", 1000)
     local_text.make_shards([texts], tmp_path)
     many = sorted(path.name for path in tmp_path.glob("local_train_*.bin"))
-    assert many[0] == "local_train_000001.bin" and len(many) > 3
+    assert many[0] == "local_train_000000.bin" and len(many) > 3
     (tmp_path / "short.txt").write_text("short " * 200)
     local_text.make_shards([tmp_path / "short.txt"], tmp_path)
     assert [path.name for path in tmp_path.glob("local_train_*.bin")] != many
