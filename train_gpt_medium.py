@@ -20,6 +20,7 @@ What is unusual about the model, and who had the idea, as credited by the speedr
 import argparse
 import difflib
 import glob
+import io
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -175,6 +177,10 @@ def check_value_embeddings(tables: list) -> None:
 def check_value(name: str, value: Any) -> Any:
     """The value of one config key, checked on its own; ValueError says what is wrong with it."""
     value = check_type(value, KEYS[name].type)
+    if name in ("train_files", "val_files", "log_dir") and not value:
+        raise ValueError("is empty; name a path, or leave the key out for its default")
+    if name in ("train_files", "val_files", "log_dir", "init_from"):
+        return os.path.expanduser(value)
     if name == "value_embeddings":
         check_value_embeddings(value)
     elif isinstance(value, (int, float)):
@@ -213,7 +219,7 @@ def read_override(name: str, text: str) -> Any:
     """The checked value of `--NAME TEXT`: TEXT as it would stand in TOML, strings also without quotes."""
     with blame(f"--{name}"):
         if KEYS[name].type is str:
-            return text
+            return check_value(name, text)
         try:
             parsed = tomllib.loads(f"value = {text}")
         except tomllib.TOMLDecodeError:
@@ -282,6 +288,8 @@ SAMPLE_PIECES, SAMPLE_PIECE_TOKENS = 64, 2**14  # larger ones this many pieces, 
 
 def open_shard(path: str) -> np.memmap:
     """The tokens of a shard, memory-mapped (n,) uint16. ValueError: wrong magic, version or length."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: not a regular file; let the pattern match shards only")
     size = os.path.getsize(path)
     header = np.fromfile(path, dtype="<i4", count=3)
     fix = "it is no shard, or damaged: make or fetch it again"
@@ -343,13 +351,12 @@ def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch
         yield read_sequences(shards[shard], position + rank * count * hp.train_seq_len, count, hp.train_seq_len, device)
 
 
-def val_sequences(hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+def val_sequences(shards: list[np.memmap], hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(number, inputs, targets) of this rank's validation sequences, (val_seq_len,) each.
 
     The stream is cut sequence by sequence, so that every world size validates on the same sequences. (The
     reference cuts it by one sequence a rank; the two differ only where a shard ends within val_tokens.)
     """
-    shards = open_shards(hp.val_files)
     positions = itertools.islice(batch_positions([len(s) for s in shards], hp.val_seq_len), hp.val_tokens // hp.val_seq_len)
     for number, (shard, position) in enumerate(positions):
         if number % world_size == rank:
@@ -831,11 +838,11 @@ def read_checkpoint(path: str, model: GPT) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         weights = {name.removeprefix(COMPILED_PREFIX): w for name, w in checkpoint["model"].items()}
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(f"{path}: not a checkpoint, a torch.save of a dict with the weights under 'model' ({reason})") from None
+        fix = "name a torch.save of a dict with the weights under 'model'"
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__}); {fix}") from None
     expected = model.state_dict()
     fix = "it must come from a model of the same value_embeddings, vocab_size and model_dim"
     if missing := [name for name in expected if name not in weights]:
@@ -846,6 +853,8 @@ def read_checkpoint(path: str, model: GPT) -> dict[str, Tensor]:
         if not isinstance(w, Tensor) or w.shape != expected[name].shape:
             found = list(w.shape) if isinstance(w, Tensor) else type(w).__name__
             raise ValueError(f"{path}: parameter {name} is {found} instead of {list(expected[name].shape)}; {fix}")
+        if not (w.is_floating_point() and w.layout == torch.strided and w.device.type == "cpu" and w.isfinite().all()):
+            raise ValueError(f"{path}: parameter {name} is no plain tensor of finite numbers ({w.dtype}); take another checkpoint")
     return weights
 
 
@@ -941,13 +950,13 @@ def log_path(hp: Hyperparameters, config: Path, run_id: int) -> Path:
 
 def is_taken(log: Path) -> bool:
     """Whether a run has this log's number: a log or a checkpoint of it is there."""
-    return log.exists() or log.with_suffix(".ckpt").exists()
+    return os.path.lexists(log) or os.path.lexists(log.with_suffix(".ckpt"))
 
 
 def choose_run_id(hp: Hyperparameters, config: Path) -> int:
     """The run's number: as asked for, or the first free one. ValueError: it is taken, or no log can be written."""
     folder = log_path(hp, config, 0).parent
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    parent = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"log_dir: cannot write logs below {parent}; set log_dir to a folder that you can write to")
     if hp.run_id is None:
@@ -1008,6 +1017,15 @@ def describe_run(hp: Hyperparameters) -> str:
 # Log
 
 
+def say(text: str) -> None:
+    """A line on standard output, above a progress bar if there is one. A run goes on when nobody listens any more."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunLog:
     """Rank 0's log file and standard output; on the other ranks (path None) it writes nothing.
 
@@ -1016,7 +1034,7 @@ class RunLog:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.file = None if path is None else open(path, "x", buffering=1, encoding="utf-8")
+        self.file = None if path is None else open(path, "x", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.bar: tqdm | None = None
 
     def show_progress(self, num_iterations: int) -> None:
@@ -1032,8 +1050,7 @@ class RunLog:
         """A line for the file and, always, for standard output."""
         if self.file is not None:
             self.to_file(text)
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            say(text)
 
     def train_line(self, text: str) -> None:
         """The line of a training step: for the file, and for standard output or its progress bar."""
@@ -1043,9 +1060,13 @@ class RunLog:
             self.to_file(text)
             self.bar.update()
 
-    def close(self) -> None:
+    def hide_progress(self) -> None:
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
+
+    def close(self) -> None:
+        self.hide_progress()
         if self.file is not None:
             self.file.close()
 
@@ -1140,6 +1161,7 @@ class Trainer:
             self.raw_model.load_state_dict(read_checkpoint(hp.init_from, self.raw_model))
         for p in self.raw_model.parameters():
             dist.broadcast(p.detach(), 0)
+        self.val_shards = open_shards(hp.val_files)  # once, so that data made anew during a run does not change it
         self.optimizers = make_optimizers(self.raw_model, ranks.rank, ranks.world_size)
         self.loss_weight = torch.tensor(1 / hp.sequences_per_step, device=self.device)
         self.model: nn.Module = self.raw_model
@@ -1170,7 +1192,7 @@ class Trainer:
     def validate(self, step: int) -> float:
         """The mean loss over the validation sequences, the same for every world size."""
         losses = torch.zeros(self.hp.val_tokens // self.hp.val_seq_len, device=self.device)
-        for number, inputs, targets in val_sequences(self.hp, self.ranks.rank, self.ranks.world_size, self.device):
+        for number, inputs, targets in val_sequences(self.val_shards, self.hp, self.ranks.rank, self.ranks.world_size, self.device):
             losses[number] = self.model(inputs, targets, self.window(step))
         dist.all_reduce(losses)
         return losses.double().mean().item()
@@ -1214,6 +1236,7 @@ def train(trainer: Trainer, log: RunLog) -> None:
         if not is_last:
             trainer.train_step(step, *next(batches))
             log.train_line(train_line(step + 1, hp.num_iterations, clock.running_ms()))
+    log.hide_progress()
 
 
 # -----------------------------------------------------------------------------
@@ -1225,7 +1248,8 @@ def attempt(function, *arguments) -> tuple[Any, str]:
     try:
         return function(*arguments), ""
     except (ValueError, OSError) as error:
-        return None, " ".join(str(error).split())
+        text = " ".join(str(error).split())
+        return None, text.encode(errors="backslashreplace").decode()  # file names can be of any bytes
 
 
 def all_well(store: dist.Store, ranks: Ranks, question: str, problem: str) -> bool:
@@ -1244,16 +1268,29 @@ def all_well(store: dist.Store, ranks: Ranks, question: str, problem: str) -> bo
     return store.get(question) == b"well"
 
 
+def differing_keys(store: dist.Store, ranks: Ranks, plan: Plan) -> str:
+    """A complaint where this rank's configuration is not rank 0's, as when two nodes have two versions of a file; else ""."""
+    mine = asdict(plan.hp)
+    if ranks.rank == 0:
+        store.set("configuration", json.dumps(mine))
+    theirs = json.loads(store.get("configuration"))
+    differing = [name for name in mine if mine[name] != theirs[name]]
+    if not differing:
+        return ""
+    return f"{plan.config}: {', '.join(differing)} of rank {ranks.rank} differ from rank 0's; give every node the same config and options"
+
+
 def claim_log(hp: Hyperparameters, config: Path) -> tuple[int, RunLog]:
     """The run's number and its log, opened. ValueError: see `choose_run_id`."""
     while True:
         run_id = choose_run_id(hp, config)
         path = log_path(hp, config, run_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return run_id, RunLog(path)
-        except FileExistsError:  # another run has taken the number since we looked
-            continue
+        with blame(f"{config}: log_dir: cannot write a log, set log_dir to a folder that you can write to"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return run_id, RunLog(path)
+            except FileExistsError:  # another run has taken the number since we looked
+                continue
 
 
 def run(config: Path, hp: Hyperparameters, ranks: Ranks, store: dist.Store, log: RunLog, code: str) -> None:
@@ -1267,12 +1304,12 @@ def run(config: Path, hp: Hyperparameters, ranks: Ranks, store: dist.Store, log:
     log.line(f"warm-up: {counted(hp.warmup_steps, 'step')}, not timed, then undone")
     trainer.warm_up()
     train(trainer, log)
+    log.line(peak_memory(trainer.device))
+    log.close()
     if hp.save_checkpoint and ranks.rank == 0:
         path = log_path(hp, config, hp.run_id).with_suffix(".ckpt")
         write_checkpoint(path, trainer.raw_model, hp.num_iterations, code)
-        log.line(f"checkpoint: {path}")
-    log.line(peak_memory(trainer.device))
-    log.close()
+        say(f"checkpoint: {path}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -1280,18 +1317,24 @@ def run(config: Path, hp: Hyperparameters, ranks: Ranks, store: dist.Store, log:
 def main(arguments: Sequence[str]) -> int:
     """Check, then run. Returns the exit status: 2 where the user has something to mend, which has been printed."""
     code = Path(__file__).read_text(encoding="utf-8")
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     ranks = Ranks.from_environment()
     store = ranks.open_store()
     plan, problem = attempt(plan_run, arguments, ranks)
     if not all_well(store, ranks, "plan", problem):
         return 2
     if ranks.rank == 0:
-        print(describe_run(plan.hp), ranks.describe_device(), sep="\n", flush=True)
+        say(f"{describe_run(plan.hp)}\n{ranks.describe_device()}")
     if plan.only_check:
         if not ranks.launched:
-            print(suggest_ranks(plan.hp))
+            say(suggest_ranks(plan.hp))
         return 0
 
+    if not all_well(store, ranks, "one config", differing_keys(store, ranks, plan)):
+        return 2
     claim, problem = attempt(claim_log, plan.hp, plan.config) if ranks.rank == 0 else ((None, RunLog(None)), "")
     if not all_well(store, ranks, "log", problem):
         return 2

@@ -95,6 +95,8 @@ def test_a_bad_key_of_a_config_is_named_with_the_file(check, small_config, key, 
     (["--value_embeddings", "[[7]]"], ["--value_embeddings: table 0: layer 7 has no attention"]),
     (["--num_iterations"], ["expected one argument", "usage"]),
     (["other.toml"], ["unexpected argument other.toml"]),
+    (["--log_dir", ""], ["--log_dir: is empty"]),
+    (["--train_files", "\udce9*.bin"], ["train_files: no file matches \\udce9*.bin"]),
 ])
 def test_a_bad_option_is_named(check, small_config, option, fragments):
     assert_one_line(check(small_config(), *option), *fragments)
@@ -215,6 +217,22 @@ def test_an_explicit_run_id_that_is_taken(check, small_config, tmp_path):
     assert check(small_config(), "--run_id", 6)[0] == 0
 
 
+def test_a_link_to_nowhere_in_place_of_a_log_or_folder(check, small_config, tmp_path):
+    """As where a volume is not mounted: its run_id is taken, and a folder cannot be made there."""
+    log = tmp_path / "logs" / "small" / "000.txt"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/nowhere/000.txt")
+    config = small_config()
+    assert train.choose_run_id(train.load_hyperparameters(config, {}), config) == 1
+    (tmp_path / "link").symlink_to("/nowhere")
+    assert_one_line(check(small_config(log_dir=f"{tmp_path}/link")), "log_dir: cannot write")
+
+
+def test_an_old_format_checkpoint_is_read(check, small_config, tmp_path):
+    torch.save({"model": fitting_weights()}, tmp_path / "init.pt", _use_new_zipfile_serialization=False)
+    assert check(small_config(init_from=f"{tmp_path}/init.pt"))[0] == 0
+
+
 def test_log_dir_that_is_a_file(check, small_config, tmp_path):
     (tmp_path / "file").touch()
     assert_one_line(check(small_config(log_dir=f"{tmp_path}/file")), "log_dir: cannot write")
@@ -229,6 +247,10 @@ def fitting_weights():
     (lambda w: w.update({"value_embeds.3.weight": w["embed.weight"]}), ["value_embeds.3.weight is not in this model"]),
     (lambda w: w.update({"scalars": torch.zeros(79)}), ["scalars is [79] instead of [80]"]),
     (lambda w: w.update({"scalars": 3}), ["scalars is int instead of [80]"]),
+    (lambda w: w.update({"scalars": torch.zeros(80, dtype=torch.int64)}), ["scalars is no plain tensor of finite numbers"]),
+    (lambda w: w.update({"scalars": torch.zeros(80, dtype=torch.complex64)}), ["scalars is no plain tensor of finite numbers"]),
+    (lambda w: w.update({"scalars": torch.zeros(80, device="meta")}), ["scalars is no plain tensor of finite numbers"]),
+    (lambda w: w["embed.weight"][7, 7].fill_(torch.nan), ["embed.weight is no plain tensor of finite numbers"]),
 ])
 def test_a_checkpoint_that_does_not_fit_the_map(check, small_config, tmp_path, change, fragments):
     weights = fitting_weights()

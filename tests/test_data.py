@@ -77,7 +77,7 @@ def test_every_world_size_validates_on_the_same_sequences(tmp_path, numbered_sha
     hp = hyperparameters(tmp_path)
     read = {}
     for rank in range(world_size):
-        sequences = list(train.val_sequences(hp, rank, world_size, CPU))
+        sequences = list(train.val_sequences(train.open_shards(hp.val_files), hp, rank, world_size, CPU))
         assert len(sequences) == 6 // world_size
         read |= {number: (inputs.tolist(), targets.tolist()) for number, inputs, targets in sequences}
     expected = [tokens.tolist() for tokens in plain_stream(numbered_shards, 512)][:6]
@@ -85,7 +85,9 @@ def test_every_world_size_validates_on_the_same_sequences(tmp_path, numbered_sha
 
 
 def test_validation_starts_over_each_time(tmp_path, numbered_shards):
-    first, second = ([inputs.tolist() for _, inputs, _ in train.val_sequences(hyperparameters(tmp_path), 0, 1, CPU)] for _ in range(2))
+    hp = hyperparameters(tmp_path)
+    shards = train.open_shards(hp.val_files)
+    first, second = ([inputs.tolist() for _, inputs, _ in train.val_sequences(shards, hp, 0, 1, CPU)] for _ in range(2))
     assert first == second
 
 

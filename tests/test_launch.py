@@ -47,23 +47,37 @@ def test_under_torchrun_a_mistake_is_said_once_without_our_traceback(small_confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank_without_data", [0, 1])
-def test_a_mistake_on_one_rank_only_is_said_too(small_config, tmp_path, small_data, rank_without_data):
-    """As on a node that lacks the data: each rank looks in a folder named by its own environment."""
+@pytest.mark.parametrize("other_rank", [0, 1])
+@pytest.mark.parametrize("other_option, fragment", [
+    (["--train_files", "nowhere/*.bin"], "no file matches nowhere/*.bin"),
+    (["--value_embeddings", "[[3]]", "--seed", "7"], "value_embeddings, seed of rank 1 differ from rank 0's"),
+])
+def test_a_mistake_on_one_rank_only_is_said_too(small_config, tmp_path, other_rank, other_option, fragment):
+    """As on a node that lacks the data or has another version of the config; that rank is first and the others late."""
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(
         "import os, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import train_gpt_medium\n"
-        f"files = 'nowhere/*.bin' if os.environ['RANK'] == '{rank_without_data}' else '{small_data}/s_train_*.bin'\n"
-        f"time.sleep(2 * (os.environ['RANK'] != '{rank_without_data}'))  # the rank with the mistake is first\n"
-        "sys.exit(train_gpt_medium.main([*sys.argv[1:], '--train_files', files]))\n"
+        f"other = os.environ['RANK'] == '{other_rank}'\n"
+        "time.sleep(0 if other else 2)\n"
+        f"sys.exit(train_gpt_medium.main([*sys.argv[1:], *({other_option!r} if other else [])]))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(wrapper), str(small_config())]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
-    assert len(error_lines(result.stderr)) == 1 and "no file matches nowhere/*.bin" in result.stderr
+    assert len(error_lines(result.stderr)) == 1 and fragment in error_lines(result.stderr)[0]
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_its_output(small_config, tmp_path):
+    command = [sys.executable, "train_gpt_medium.py", str(small_config(num_iterations=10))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert list(val_losses((tmp_path / "logs/small/000.txt").read_text())) == [0, 2, 4, 6, 8, 10]
 
 
 @pytest.mark.slow
