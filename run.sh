@@ -3,6 +3,7 @@
 #   ./run.sh [CONFIG.toml] [--KEY VALUE ...]    train a config; without one, baseline on GPUs and tiny on a CPU
 #   ./run.sh test [PYTEST OPTION ...]           run the tests
 set -euo pipefail
+unset CDPATH WORLD_SIZE # the one redirects cd; the other is for torchrun to set
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() {
@@ -32,9 +33,10 @@ find_python() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is $("$python" --version 2>&1); Python 3.11 or later is needed"
     # shellcheck disable=SC2086 # one word a package
     has_packages "$python" $packages && return
-    if [ ! -x .venv/bin/python ]; then
+    # Anew where it is missing, half made, or of a Python that is gone or too old.
+    if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "run.sh: making a virtual environment in $here/.venv"
-        "$python" -m venv .venv || { rm -rf .venv; fail "could not make a virtual environment; install the venv module of $python (on Debian: apt install python3-venv)"; }
+        "$python" -m venv --clear .venv || fail "could not make a virtual environment in $here/.venv; install the venv module of $python (on Debian: apt install python3-venv) or remove what stands there"
     fi
     python=.venv/bin/python
     # shellcheck disable=SC2086
@@ -47,7 +49,7 @@ if [ "${1-}" = test ]; then
     shift
     cd "$here"
     find_python "torch numpy huggingface_hub tqdm pytest" requirements.txt tests/requirements.txt
-    exec "$python" -m pytest tests "$@"
+    exec "$python" -m pytest "$@"
 fi
 
 # A config is named as seen from where the user is; everything else is seen from the repository.
@@ -73,7 +75,7 @@ if [ -z "$config" ]; then
 fi
 
 # Text that the machine has, as shards of bytes: a few seconds.
-if [ -f "$config" ] && grep -q '"data/local_text/' "$config"; then
+if [ -f "$config" ] && grep -q 'data/local_text/' "$config"; then
     if ! compgen -G 'data/local_text/local_train_*.bin' >/dev/null || ! compgen -G 'data/local_text/local_val_*.bin' >/dev/null; then
         "$python" data/local_text.py
     fi
@@ -82,8 +84,12 @@ fi
 # What is wrong with the config or the data is said here, in one line; else this says how many ranks to start.
 report=$("$python" train_gpt_medium.py "$config" "$@" --check)
 read -r ranks devices kind < <(sed -n 's/^ranks: \([0-9]*\) of \([0-9]*\) \([A-Za-z ]*\) here.*/\1 \2 \3/p' <<<"$report") || { echo "$report"; exit 0; }  # --help
+if [[ " $* " == *" --check "* ]]; then
+    echo "$report"
+    exit 0
+fi
 if [ "$ranks" != "$devices" ]; then
-    echo "run.sh: starting $ranks ranks on $devices $kind, the most that can share the config's sequences evenly"
+    echo "run.sh: of $devices $kind $ranks can share the config's sequences evenly, so $ranks it is"
 fi
 if [ "$kind" = "CPU cores" ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((devices / ranks))}"
