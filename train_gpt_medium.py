@@ -36,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -892,7 +893,7 @@ class Ranks:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def open_store(self) -> dist.Store:
-        """The ranks' shared key-value store. Each restart by torchrun gets keys of its own."""
+        """The ranks' shared key-value store. Each restart by torchrun gets keys of its own (one node: see `check_keys_together`)."""
         if not self.launched:
             return dist.HashStore()
         store, _, _ = next(dist.rendezvous("env://"))
@@ -939,6 +940,9 @@ def check_keys_together(hp: Hyperparameters, ranks: Ranks) -> None:
     if val_sequences % ranks.world_size:
         sequences = f"{val_sequences} validation sequences of {hp.val_seq_len} tokens"
         raise ValueError(f"val_tokens: {sequences} cannot be divided among {ranks.world_size} ranks; {fix}")
+    # The nodes' torchruns count restarts each for itself, so that restarted ranks would wait for each other for ever.
+    if ranks.world_size > ranks.local_world_size and ranks.launched and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("torchrun cannot restart this program on several nodes; use --max-restarts=0")
     if torch.cuda.is_available() and ranks.local_world_size > torch.cuda.device_count():
         raise ValueError(f"torchrun started {ranks.local_world_size} ranks on a node with {torch.cuda.device_count()} GPUs; "
                          f"use --nproc_per_node={torch.cuda.device_count()} or fewer")
@@ -1098,6 +1102,8 @@ def describe_environment() -> str:
 
 def write_log_header(log: RunLog, code: str, hp: Hyperparameters, ranks: Ranks) -> None:
     """Program text, resolved configuration (TOML) and environment: what it takes to repeat the run."""
+    if log.file is None:
+        return
     rule = "=" * 100
     config = "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(hp).items())
     log.to_file("\n".join([code, rule, config, rule, describe_environment(), ranks.describe_device(), describe_run(hp), rule]))
@@ -1297,7 +1303,9 @@ def run(config: Path, hp: Hyperparameters, ranks: Ranks, store: dist.Store, log:
     """The run itself, all checks passed."""
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-        dist.init_process_group("nccl", store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=ranks.device)
+        # An hour, not ten minutes: ranks whose compile caches differ reach the first collective minutes apart.
+        dist.init_process_group("nccl", store=store, rank=ranks.rank, world_size=ranks.world_size,
+                                device_id=ranks.device, timeout=timedelta(hours=1))
     else:
         dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world_size)
     trainer = Trainer(hp, ranks)

@@ -56,9 +56,9 @@ def test_muon_update_on_the_gpu_equals_the_one_on_the_cpu():
 
 
 def test_shrunken_model_follows_the_cpu(tmp_path):
-    """20 steps: compiled, bf16, NCCL, FlexAttention against fp32, gloo, dense."""
+    """20 steps: compiled with coordinate descent as by default, bf16, NCCL, FlexAttention against fp32, gloo, dense."""
     config = write_golden_case("baseline_short", tmp_path)
-    options = ["--num_iterations", 20, "--val_loss_every", 5, "--coordinate_descent_tuning", "false"]
+    options = ["--num_iterations", 20, "--val_loss_every", 5]
     gpu, cpu = run_program(config, *options, ranks=1), run_program(config, *options, ranks=1, env=ON_CPU)
     assert (gpu.returncode, cpu.returncode) == (0, 0), gpu.stderr + cpu.stderr
     assert list(val_losses(gpu.stdout)) == [0, 5, 10, 15, 20]

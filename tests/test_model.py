@@ -71,6 +71,23 @@ def test_activations_are_bf16_from_the_embedding_to_the_head(monkeypatch):
     assert loss.item() == pytest.approx(reference, abs=0.02) and loss.item() != reference
 
 
+def test_rope_of_bf16_is_computed_in_fp32_and_rounded_once():
+    x = torch.randn(1, 256, 2, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rotary = train.Rotary(256)
+    assert torch.equal(rotary(x), rotary(x.float()).bfloat16())
+
+
+def test_the_head_multiplies_in_bf16_and_caps_in_fp32():
+    model = with_golden_weights()
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(64)
+    z = (x @ model.lm_head_w.bfloat16().T).float()
+    expected = torch.nn.functional.cross_entropy(15 * z / (z.square() + 225).sqrt(), targets, reduction="sum").item()
+    assert model.summed_loss(x, targets).item() == pytest.approx(expected, rel=1e-6)
+    in_fp32 = model.summed_loss(x.float(), targets).item()
+    assert abs(in_fp32 - expected) > 1e-5 * expected  # the test can tell the two apart
+
+
 def test_initial_values():
     model = make_model(num_heads=2, model_dim=256, vocab_size=1000)
     d = 256

@@ -1,6 +1,7 @@
 """Training: the golden trajectories through the whole program, the log, the timing and the warm-up."""
 
 import re
+import time
 import tomllib
 
 import pytest
@@ -83,6 +84,21 @@ def test_train_time_grows_with_training_only(finished_run):
     assert 0 < train_ms[1] < train_ms[2] < train_ms[3] < train_ms[4]
 
 
+def test_validation_is_not_timed_and_the_clock_waits_for_all_ranks(small_config, process_group, tmp_path, monkeypatch):
+    """Validations that sleep add nothing to any line's time; each is between two barriers that stop and start the clock."""
+    trainer, events = start_trainer(small_config()), []
+    monkeypatch.setattr(trainer, "validate", lambda step: events.append("validate") or time.sleep(5) or 1.0)
+    monkeypatch.setattr(trainer, "train_step", lambda *_: events.append("step"))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
+    log = train.RunLog(tmp_path / "log.txt")
+    train.train(trainer, log)
+    log.close()
+    text = (tmp_path / "log.txt").read_text()
+    assert all(int(match[3]) < 2000 for match in TRAIN_LINE.finditer(text)) and all(int(match[4]) < 2000 for match in VAL_LINE.finditer(text))
+    validation = ["barrier", "validate", "barrier"]
+    assert events == ["barrier", *validation, "step", "step", *validation, "step", "step", *validation]
+
+
 def test_the_log_ends_with_peak_memory(finished_run):
     _, process, log = finished_run
     assert re.fullmatch(r"peak memory resident: \d+ MiB", log.splitlines()[-1])
@@ -101,7 +117,7 @@ def start_trainer(config, **overrides):
 
 
 def everything(trainer):
-    """Weights, optimizer states and learning rates of a trainer, and the random state."""
+    """Weights and optimizer states of a trainer, and the random state."""
     states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values() if value is not None]
     return [tensor.clone() for tensor in (*trainer.raw_model.state_dict().values(), *states, torch.get_rng_state())]
 
