@@ -19,6 +19,7 @@ What is unusual about the model, and who had the idea, as credited by the speedr
 
 import argparse
 import difflib
+import fnmatch
 import glob
 import io
 import itertools
@@ -26,13 +27,15 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -234,7 +237,7 @@ class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ValueErrors, so that they too are reported in one line."""
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message}; usage: {self.prog} CONFIG.toml [--KEY VALUE ...] [--check], --help lists the keys")
+        raise ValueError(f"{message}; {' '.join(self.format_usage().split())}, --help says more")
 
 
 def parse_command_line(arguments: Sequence[str]) -> tuple[Path, dict[str, str], bool]:
@@ -285,6 +288,9 @@ def draw_map(tables: list[list[int]]) -> str:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 WHOLLY_CHECKED_TOKENS = 2**23  # shards up to this size have every token id checked
 SAMPLE_PIECES, SAMPLE_PIECE_TOKENS = 64, 2**14  # larger ones this many pieces, spread evenly
+FINEWEB_FOLDER = Path(__file__).resolve().parent / "data" / "fineweb10B"
+FINEWEB_SHARD_TOKENS = 100_000_000
+READ_AHEAD_BYTES = 2**28  # at most so much is read at once: more than a FineWeb shard, which has 200 MB
 
 
 def open_shard(path: str) -> np.memmap:
@@ -344,12 +350,68 @@ def read_sequences(shard: np.memmap, position: int, count: int, seq_len: int, de
     return to_inputs_and_targets(torch.from_numpy(tokens), seq_len, device)
 
 
+class Piece(NamedTuple):
+    """What is read ahead at once: consecutive batches of one shard."""
+
+    shard: int
+    positions: list[int]  # of the batches in the shard
+
+
+def cut_into_pieces(batches: Iterable[tuple[int, int]], max_batches: int) -> Iterator[Piece]:
+    """The batches of a stream, (shard, position) each, shard by shard, at most `max_batches` of them in a piece."""
+    for shard, group in itertools.groupby(batches, key=lambda batch: batch[0]):
+        positions = [position for _, position in group]
+        for start in range(0, len(positions), max_batches):
+            yield Piece(shard, positions[start : start + max_batches])
+
+
+def read_tokens(file: io.BufferedReader, positions: Sequence[int], count: int) -> np.ndarray:
+    """The `count` tokens from each position of an open shard: (positions, count) uint16. ValueError: the file ends before.
+
+    Read, not mapped: a page that a mapping lacks would make the training thread wait, and one that the disk
+    has lost would end the process without a word.
+    """
+    tokens = np.empty((len(positions), count), "<u2")
+    for row, position in zip(tokens, positions):
+        file.seek(SHARD_HEADER_BYTES + 2 * position)
+        if file.readinto(row) != row.nbytes:
+            raise ValueError(f"{file.name}: ends before token {position + count:,}, though it was whole at the start; make or fetch it again")
+    return tokens
+
+
+def read_ahead(read: Callable[[Piece], np.ndarray], pieces: Iterator[Piece]) -> Iterator[np.ndarray]:
+    """What `read` gives for each piece. The first is in memory when this returns, and each next one is read, by a thread,
+    from the moment that the one before it is asked for."""
+    reader = ThreadPoolExecutor(max_workers=1)
+
+    def start_next() -> Future | None:
+        return next((reader.submit(read, piece) for piece in pieces), None)
+
+    def results(ahead: Future | None) -> Iterator[np.ndarray]:
+        while ahead is not None:
+            current = ahead.result()
+            ahead = start_next()
+            yield current
+
+    if (first := start_next()) is not None:
+        wait([first])
+    return results(first)
+
+
 def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's sequences of each training batch, (sequences_per_step / world_size, train_seq_len), step by step."""
+    """This rank's sequences of each training batch, (sequences_per_step / world_size, train_seq_len), step by step.
+
+    A rank reads its own sequences only, and a shard (of those above 256 MB a piece) while the one before it is used.
+    """
     shards = open_shards(hp.train_files)
+    files = [open(shard.filename, "rb") for shard in shards]  # once, so that data made anew during a run does not change it
     count = hp.sequences_per_step // world_size
-    for shard, position in batch_positions([len(s) for s in shards], hp.sequences_per_step * hp.train_seq_len):
-        yield read_sequences(shards[shard], position + rank * count * hp.train_seq_len, count, hp.train_seq_len, device)
+    tokens = count * hp.train_seq_len + 1
+    positions = batch_positions([len(shard) for shard in shards], hp.sequences_per_step * hp.train_seq_len)
+    mine = ((shard, position + rank * count * hp.train_seq_len) for shard, position in itertools.islice(positions, hp.num_iterations))
+    pieces = cut_into_pieces(mine, max(1, READ_AHEAD_BYTES // (2 * tokens)))
+    arrays = read_ahead(lambda piece: read_tokens(files[piece.shard], piece.positions, tokens), pieces)
+    return (to_inputs_and_targets(torch.from_numpy(row.astype(np.int32)), hp.train_seq_len, device) for array in arrays for row in array)
 
 
 def val_sequences(shards: list[np.memmap], hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -377,6 +439,37 @@ def largest_token_id(shard: np.memmap) -> int:
     return max(int(piece.max()) for piece in pieces)
 
 
+def is_fineweb(pattern: str) -> bool:
+    """Whether the files of a pattern are those that data/cached_fineweb10B.py fetches."""
+    return Path(pattern).parent.resolve() == FINEWEB_FOLDER.resolve()
+
+
+def fineweb_shards_needed(num_iterations: int, step_tokens: int) -> int | None:
+    """How many of FineWeb's training shards hold so many steps, by the rule of `batch_positions`. None: no number of them."""
+    steps_per_shard = num_batches([FINEWEB_SHARD_TOKENS], step_tokens)
+    return math.ceil(num_iterations / steps_per_shard) if steps_per_shard else None
+
+
+@contextmanager
+def suggest_fetching(pattern: str, shards: int | None) -> Iterator[None]:
+    """Add the command that fetches FineWeb to an error about its files. `run.sh` reads it."""
+    try:
+        yield
+    except ValueError as error:
+        fetch = f"; to fetch FineWeb: python data/cached_fineweb10B.py {shards}" if shards and is_fineweb(pattern) else ""
+        raise ValueError(f"{error}{fetch}") from None
+
+
+def check_no_gap(pattern: str, paths: list[str]) -> None:
+    """ValueError where one of FineWeb's training shards is missing although a later one is there: its tokens would be passed over."""
+    names = {os.path.basename(path) for path in paths}
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"fineweb_train_(\d{6})\.bin", name))]
+    for number in range(1, max(numbers, default=1)):
+        name = f"fineweb_train_{number:06d}.bin"
+        if name not in names and fnmatch.fnmatchcase(name, os.path.basename(pattern)):
+            raise ValueError(f"{pattern}: {name} is missing though later shards are there, so the run would see other tokens; fetch it")
+
+
 def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, purpose: str) -> None:
     """ValueError where the shards are missing, damaged, of another vocabulary, or hold fewer than `needed` batches."""
     shards = open_shards(pattern)
@@ -391,6 +484,8 @@ def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, 
             f"too few tokens: {purpose} needs {needed * batch_tokens:,} ({needed:,} x {batch_tokens:,}) and the start of one more, "
             f"{pattern} has {sum(lengths):,} in {counted(len(shards), 'shard')}, good for {found:,}; add shards or ask for less"
         )
+    last, _ = next(itertools.islice(batch_positions(lengths, batch_tokens), needed - 1, None))
+    check_no_gap(pattern, [shard.filename for shard in shards[: last + 1]])
 
 
 # -----------------------------------------------------------------------------
@@ -982,10 +1077,11 @@ def check_run(hp: Hyperparameters, config: Path, ranks: Ranks) -> None:
         if hp.init_from:
             with blame("init_from"):
                 read_checkpoint(hp.init_from, model_on_meta(hp))
-        with blame("train_files"):
-            step_tokens = hp.sequences_per_step * hp.train_seq_len
+        step_tokens = hp.sequences_per_step * hp.train_seq_len
+        shards = fineweb_shards_needed(hp.num_iterations, step_tokens)
+        with blame("train_files"), suggest_fetching(hp.train_files, shards):
             check_stream(hp.train_files, hp.vocab_size, step_tokens, hp.num_iterations, f"num_iterations = {hp.num_iterations}")
-        with blame("val_files"):
+        with blame("val_files"), suggest_fetching(hp.val_files, shards):
             check_stream(hp.val_files, hp.vocab_size, hp.val_seq_len, hp.val_tokens // hp.val_seq_len, f"val_tokens = {hp.val_tokens}")
 
 

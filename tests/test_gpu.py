@@ -42,6 +42,18 @@ def test_flex_attention_and_its_gradients_equal_the_dense_ones(window):
         assert relative_error(actual, reference) < 0.02
 
 
+def test_batches_reach_the_gpu_without_a_synchronisation(small_config):
+    hp = train.load_hyperparameters(small_config(), {})
+    expected = list(train.train_batches(hp, 0, 1, torch.device("cpu")))
+    batches = train.train_batches(hp, 0, 1, torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
+    try:
+        on_gpu = list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [[x.tolist() for x in batch] for batch in on_gpu] == [[x.tolist() for x in batch] for batch in expected]
+
+
 def test_muon_update_on_the_gpu_equals_the_one_on_the_cpu():
     results = []
     for update, device in ((train.muon_update, "cpu"), (torch.compile(train.muon_update, dynamic=False, fullgraph=True), "cuda")):
