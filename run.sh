@@ -82,7 +82,19 @@ if [ -f "$config" ] && grep -q 'data/local_text/' "$config"; then
 fi
 
 # What is wrong with the config or the data is said here, in one line; else this says how many ranks to start.
-report=$("$python" train_gpt_medium.py "$config" "$@" --check)
+# Where FineWeb's shards are wanting, the line says how many the config needs, and they are fetched.
+check=("$python" train_gpt_medium.py "$config" "$@" --check)
+report=$("${check[@]}" 2>&1) || {
+    status=$?
+    shards=$(sed -n 's|.*; to fetch FineWeb: python data/cached_fineweb10B.py \([0-9]*\)$|\1|p' <<<"$report")
+    if [ -z "$shards" ] || [[ " $* " == *" --check "* ]]; then
+        echo "$report" >&2
+        exit "$status"
+    fi
+    echo "run.sh: fetching FineWeb: the validation shard and $shards training shards"
+    "$python" data/cached_fineweb10B.py "$shards"
+    report=$("${check[@]}")
+}
 read -r ranks devices kind < <(sed -n 's/^ranks: \([0-9]*\) of \([0-9]*\) \([A-Za-z ]*\) here.*/\1 \2 \3/p' <<<"$report") || { echo "$report"; exit 0; }  # --help
 if [[ " $* " == *" --check "* ]]; then
     echo "$report"
