@@ -19,6 +19,8 @@ What is unusual about the model, and who had the idea, as credited by the speedr
 
 import argparse
 import difflib
+import faulthandler
+import fcntl
 import fnmatch
 import glob
 import io
@@ -29,8 +31,11 @@ import os
 import platform
 import re
 import resource
+import select
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import zipfile
@@ -105,6 +110,8 @@ class Hyperparameters:
     init_from: str = key("", "checkpoint to take the initial weights from")
     log_dir: str = key("logs", "logs go to LOG_DIR/<config's name>/<run_id>.txt")
     save_checkpoint: bool = key(False, "write the final weights beside the log, as <run_id>.ckpt")
+    checkpoint_every: int = key(0, "steps between checkpoints, from which an interrupted run goes on; 0: none", at_least=0)
+    step_timeout: int = key(600, "seconds without progress after which a rank counts as hung and the run is ended", at_least=1)
 
 
 KEYS = {f.name: f for f in fields(Hyperparameters)}
@@ -240,11 +247,11 @@ class CommandLine(argparse.ArgumentParser):
         raise ValueError(f"{message}; {' '.join(self.format_usage().split())}, --help says more")
 
 
-def parse_command_line(arguments: Sequence[str]) -> tuple[Path, dict[str, str], bool]:
-    """The config's path, the overrides as text, and whether only to check. ValueError: an unknown option, no config."""
+def parse_command_line(arguments: Sequence[str]) -> tuple[list[Path], dict[str, str], bool]:
+    """The configs' paths, the overrides as text, and whether only to check. ValueError: an unknown option, no config, or several to run."""
     parser = CommandLine(prog="train_gpt_medium.py", usage="%(prog)s CONFIG.toml [--KEY VALUE ...] [--check]",
                          description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("configs", metavar="CONFIG.toml", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="check the config and everything it names, print the map, and stop")
     for name, f in KEYS.items():
         default = f.default_factory() if f.default is MISSING else f.default
@@ -253,11 +260,11 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[Path, dict[str, str], 
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         option = unknown[0].partition("=")[0]
-        if not option.startswith("--"):
-            raise ValueError(f"unexpected argument {option}; a key is set with --KEY VALUE, and there is one config a run")
         raise ValueError(f"{option}: unknown key; the nearest known one is --{nearest_key(option.lstrip('-'))}")
     overrides = {name: text for name, text in vars(given).items() if name in KEYS}
-    return Path(given.config), overrides, given.check
+    if len(given.configs) > 1 and not given.check:
+        raise ValueError(f"unexpected argument {given.configs[1]}; a key is set with --KEY VALUE, and there is one config a run (a queue: run.sh)")
+    return given.configs, overrides, given.check
 
 
 def load_hyperparameters(path: Path, overrides: dict[str, str]) -> Hyperparameters:
@@ -398,8 +405,8 @@ def read_ahead(read: Callable[[Piece], np.ndarray], pieces: Iterator[Piece]) -> 
     return results(first)
 
 
-def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's sequences of each training batch, (sequences_per_step / world_size, train_seq_len), step by step.
+def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch.device, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's sequences of each training batch from `first_step` on, (sequences_per_step / world_size, train_seq_len).
 
     A rank reads its own sequences only, and a shard (of those above 256 MB a piece) while the one before it is used.
     """
@@ -408,10 +415,17 @@ def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch
     count = hp.sequences_per_step // world_size
     tokens = count * hp.train_seq_len + 1
     positions = batch_positions([len(shard) for shard in shards], hp.sequences_per_step * hp.train_seq_len)
-    mine = ((shard, position + rank * count * hp.train_seq_len) for shard, position in itertools.islice(positions, hp.num_iterations))
+    mine = ((shard, position + rank * count * hp.train_seq_len) for shard, position in itertools.islice(positions, first_step, hp.num_iterations))
     pieces = cut_into_pieces(mine, max(1, READ_AHEAD_BYTES // (2 * tokens)))
     arrays = read_ahead(lambda piece: read_tokens(files[piece.shard], piece.positions, tokens), pieces)
     return (to_inputs_and_targets(torch.from_numpy(row.astype(np.int32)), hp.train_seq_len, device) for array in arrays for row in array)
+
+
+def batch_place(hp: Hyperparameters, step: int) -> list[str | int]:
+    """Where the batch of a step begins: the shard's name and the position in it; [] where it is the end of the run."""
+    shards = open_shards(hp.train_files)
+    positions = batch_positions([len(shard) for shard in shards], hp.sequences_per_step * hp.train_seq_len)
+    return next(([os.path.basename(shards[shard].filename), position] for shard, position in itertools.islice(positions, step, hp.num_iterations)), [])
 
 
 def val_sequences(shards: list[np.memmap], hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -827,7 +841,7 @@ class Muon(torch.optim.Optimizer):
       1. each rank updates its own parameter of the round, from the gradient that all ranks have agreed on;
       2. it starts gathering the round's new parameters on all ranks, and goes on with the next round meanwhile;
       3. after the last round it waits for all of them.
-    Only the owner of a parameter has its state: the momentum buffer and, for a bf16 parameter, the mantissa,
+    Only the rank that updates a parameter has its state: the momentum buffer and, for a bf16 parameter, the mantissa,
     the lower 16 bits of the fp32 master weight whose upper 16 bits are the parameter.
     """
 
@@ -835,6 +849,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(param_groups, dict(lr=lr, weight_decay=0.0, momentum=0.95))
         self.rank, self.world_size = rank, world_size
         self.update = muon_update
+        self.owner = {p: i % world_size for group in self.param_groups for i, p in enumerate(group["params"])}  # the rank with p's state
         for group in self.param_groups:
             assert len({p.shape for p in group["params"]}) == 1, "a group's parameters share one shape"
             # Every rank takes part in every gathering: where a round has no parameter for it, with one of these.
@@ -844,11 +859,15 @@ class Muon(torch.optim.Optimizer):
         """Compile the update, once for each shape."""
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True)
 
+    @staticmethod
+    def new_state(p: Tensor) -> dict[str, Tensor | None]:
+        mantissa = torch.zeros_like(p, dtype=torch.uint16) if p.dtype == torch.bfloat16 else None
+        return dict(momentum_buffer=torch.zeros_like(p, dtype=torch.float32), mantissa=mantissa)
+
     def state_of(self, p: Tensor) -> dict[str, Tensor | None]:
         """The state of a parameter of this rank, made at its first update."""
         if p not in self.state:
-            mantissa = torch.zeros_like(p, dtype=torch.uint16) if p.dtype == torch.bfloat16 else None
-            self.state[p] = dict(momentum_buffer=torch.zeros_like(p, dtype=torch.float32), mantissa=mantissa)
+            self.state[p] = self.new_state(p)
         return self.state[p]
 
     @torch.no_grad()
@@ -954,12 +973,64 @@ def read_checkpoint(path: str, model: GPT) -> dict[str, Tensor]:
     return weights
 
 
-def write_checkpoint(path: Path, model: GPT, step: int, code: str) -> None:
-    """Save the weights as the published script does. A file under this name is always whole: it is renamed into place."""
-    weights = {COMPILED_PREFIX + name: w.cpu() for name, w in model.state_dict().items()}
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep what was renamed in a folder."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """A file under this name is always whole and on the disk: it is written under another one and renamed. OSError: it cannot be written."""
     unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(dict(step=step, code=code, model=weights), unfinished)
-    unfinished.replace(path)
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error.__context__ or error}") from None
+
+
+class Resume(NamedTuple):
+    """Where an interrupted run goes on; what its checkpoint says besides the tensors."""
+
+    step: int  # updates made
+    train_time_ms: float
+    log_bytes: int  # what the log held
+    world_size: int
+    with_optimizers: bool  # not in the final weights, which need no more steps
+
+
+MAY_CHANGE = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout"}  # keys that an interrupted run may go on with
+
+
+def read_interrupted(path: Path, hp: Hyperparameters, code: str) -> dict[str, Any] | None:
+    """The checkpoint of an interrupted run, None where there is none. ValueError: it is damaged or of another run than this one."""
+    if not os.path.lexists(path):
+        return None
+    fix = "move it and its log away to start this run anew, or use another run_id"
+    try:
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:
+            raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        theirs, resume = json.loads(checkpoint["configuration"]), Resume(*checkpoint["resume"])
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that a run can go on from ({type(error).__name__}: {error}); {fix}") from None
+    mine = asdict(hp)
+    if changed := [name for name in mine if name not in MAY_CHANGE and mine[name] != theirs.get(name)]:
+        was = ", ".join(f"{name} = {json.dumps(theirs.get(name))}" for name in changed)
+        raise ValueError(f"{path}: the run began with another configuration; set {was} again, or {fix}")
+    if checkpoint["code"] != code:
+        raise ValueError(f"{path}: the run began with another text of the program, which its log begins with; put that back, or {fix}")
+    if checkpoint["next_batch"] != (found := batch_place(hp, resume.step)):
+        raise ValueError(f"{path}: train_files: the run was to go on at {checkpoint['next_batch']}, now that is {found}; put the shards back, or {fix}")
+    return checkpoint
 
 
 # -----------------------------------------------------------------------------
@@ -987,12 +1058,13 @@ class Ranks:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def open_store(self) -> dist.Store:
-        """The ranks' shared key-value store. Each restart by torchrun gets keys of its own (one node: see `check_keys_together`)."""
+    def open_stores(self) -> tuple[dist.Store, dist.Store]:
+        """Two key-value stores that the ranks share: the launch's, and one of each start and restart by torchrun of its own
+        (one node: see `check_keys_together`)."""
         if not self.launched:
-            return dist.HashStore()
+            return dist.HashStore(), dist.HashStore()
         store, _, _ = next(dist.rendezvous("env://"))
-        return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return store, dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def describe_device(self) -> str:
         """What the computation runs on, for the user and the log."""
@@ -1012,11 +1084,11 @@ def fitting_ranks(hp: Hyperparameters) -> list[int]:
     return [n for n in range(1, min(shares, 1024) + 1) if shares % n == 0]
 
 
-def suggest_ranks(hp: Hyperparameters) -> str:
-    """How many ranks to start on this machine: as many of its GPUs, or else CPU cores, as can share the work. `run.sh` reads this."""
+def suggest_ranks(hps: Sequence[Hyperparameters]) -> str:
+    """How many ranks to start on this machine for these runs: as many of its GPUs, or else CPU cores, as can share the work of each. `run.sh` reads this."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here, kind = (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (cores, "CPU cores")
-    fitting = fitting_ranks(hp)
+    fitting = sorted(set.intersection(*(set(fitting_ranks(hp)) for hp in hps)))
     best = max(n for n in fitting if n <= here)
     return f"ranks: {best} of {here} {kind} here ({', '.join(map(str, fitting))} can share the sequences evenly)"
 
@@ -1044,6 +1116,9 @@ def check_keys_together(hp: Hyperparameters, ranks: Ranks) -> None:
 
 
 def log_path(hp: Hyperparameters, config: Path, run_id: int) -> Path:
+    """ValueError where it would be outside log_dir."""
+    if config.stem in (".", ".."):
+        raise ValueError(f"its logs would be outside log_dir, in {hp.log_dir}/{config.stem}; rename the config")
     return Path(hp.log_dir) / config.stem / f"{run_id:03d}.txt"
 
 
@@ -1052,8 +1127,16 @@ def is_taken(log: Path) -> bool:
     return os.path.lexists(log) or os.path.lexists(log.with_suffix(".ckpt"))
 
 
+def is_finished(log: Path) -> bool:
+    """Whether a run wrote its log to the end."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - 1000))
+        lines = file.read().splitlines(keepends=True)
+    return bool(lines) and re.fullmatch(rb"peak memory \w+: \d+ MiB.*\n", lines[-1]) is not None
+
+
 def choose_run_id(hp: Hyperparameters, config: Path) -> int:
-    """The run's number: as asked for, or the first free one. ValueError: it is taken, or no log can be written."""
+    """The run's number: as asked for, or the first free one. ValueError: that run is finished, or no log can be written."""
     folder = log_path(hp, config, 0).parent
     parent = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -1063,9 +1146,11 @@ def choose_run_id(hp: Hyperparameters, config: Path) -> int:
         if (run_id := next(free, None)) is None:
             raise ValueError(f"log_dir: all run_ids from 0 to 999 are taken in {folder}; move logs away or set log_dir")
         return run_id
-    if is_taken(log_path(hp, config, hp.run_id)):
-        raise ValueError(f"run_id: run {hp.run_id} has its log or checkpoint in {folder} already, which is never overwritten; "
-                         f"use another run_id or leave it out")
+    log = log_path(hp, config, hp.run_id)
+    if not log.exists() and is_taken(log):
+        raise ValueError(f"run_id: run {hp.run_id} has a checkpoint in {folder} but no log; put the log back or use another run_id")
+    if log.exists() and is_finished(log):
+        raise ValueError(f"run_id: run {hp.run_id} is finished in {folder}, and a log is never overwritten; use another run_id or leave it out")
     return hp.run_id
 
 
@@ -1093,17 +1178,18 @@ class Plan(NamedTuple):
     only_check: bool
 
 
-def plan_run(arguments: Sequence[str], ranks: Ranks) -> Plan:
-    """The run that the command line asks for. ValueError for whatever would stop it.
+def plan_runs(arguments: Sequence[str], ranks: Ranks) -> list[Plan]:
+    """The runs that the command line asks for, several only to check them. ValueError for whatever would stop one.
 
     With --check, the number of ranks that the run will have can be given in the environment, as WORLD_SIZE.
     """
-    config, overrides, only_check = parse_command_line(arguments)
-    hp = load_hyperparameters(config, overrides)
+    configs, overrides, only_check = parse_command_line(arguments)
     if only_check and (intended := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(intended) > 0:
         ranks = replace(ranks, world_size=int(intended))
-    check_run(hp, config, ranks)
-    return Plan(config, hp, only_check)
+    plans = [Plan(config, load_hyperparameters(config, overrides), only_check) for config in configs]
+    for plan in plans:
+        check_run(plan.hp, plan.config, ranks)
+    return plans
 
 
 def describe_run(hp: Hyperparameters) -> str:
@@ -1126,25 +1212,50 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+LOCK_WAIT_S = 10  # a rank whose launcher was killed ends sooner than that
+
+
 class RunLog:
     """Rank 0's log file and standard output; on the other ranks (path None) it writes nothing.
 
-    Every line is in the file as soon as it is written. OSError: FileExistsError where the file is there, or it cannot be written.
+    Every line is in the file as soon as it is written. OSError: FileExistsError where the file is there though it
+    should be new, or it cannot be written.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, new: bool = True):
         self.path = path
-        self.file = None if path is None else open(path, "x", buffering=1, encoding="utf-8", errors="backslashreplace")
+        self.file = None if path is None else open(path, "x" if new else "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.bar: tqdm | None = None
 
-    def show_progress(self, num_iterations: int) -> None:
+    def lock(self) -> None:
+        """Keep other processes from the run until this one's end. ValueError: another one is at it."""
+        for _ in range(10 * LOCK_WAIT_S):
+            try:
+                return fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a filesystem without locks
+                return
+        raise ValueError(f"{self.path}: another process is at this run; wait for its end or use another run_id")
+
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self.file.fileno()).st_size
+
+    def cut(self, size: int) -> None:
+        """Keep the first `size` bytes. ValueError: there are fewer."""
+        if self.size() < size:
+            raise ValueError(f"{self.path}: shorter than when the run's checkpoint was written; put the log back, or use another run_id")
+        os.ftruncate(self.file.fileno(), size)
+
+    def show_progress(self, num_iterations: int, step: int) -> None:
         """From now on a bar takes the place of the training lines, where standard output is a terminal."""
         if self.file is not None and sys.stdout.isatty():
-            self.bar = tqdm(total=num_iterations, unit="step", dynamic_ncols=True, file=sys.stdout)
+            self.bar = tqdm(total=num_iterations, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def to_file(self, text: str) -> None:
         if self.file is not None:
-            print(text, file=self.file)
+            self.file.write(f"{text}\n")
 
     def line(self, text: str) -> None:
         """A line for the file and, always, for standard output."""
@@ -1221,9 +1332,9 @@ def peak_memory(device: torch.device) -> str:
 class Clock:
     """Time spent on training. It runs only between `start` and `stop`, and each of these waits for all ranks and the GPU."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, stopped_ms: float = 0.0):
         self.device = device
-        self.stopped_ms = 0.0
+        self.stopped_ms = stopped_ms
         self.started_at = 0.0
 
     def wait_for_all(self) -> None:
@@ -1242,6 +1353,29 @@ class Clock:
     def running_ms(self) -> float:
         """Milliseconds up to now, of a running clock; the GPU may be a little behind."""
         return self.stopped_ms + 1000 * (time.perf_counter() - self.started_at)
+
+
+class Stop(NamedTuple):
+    """A signal, and the step at which all ranks stop for it."""
+
+    step: int
+    signal: int
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as uint8 (n,): a form that every backend can send."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of the CPU's generator and of the GPU's. After the weights are made nothing is drawn any more; they are kept for ideas that do."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 class Trainer:
@@ -1266,6 +1400,9 @@ class Trainer:
         self.val_shards = open_shards(hp.val_files)  # once, so that data made anew during a run does not change it
         self.optimizers = make_optimizers(self.raw_model, ranks.rank, ranks.world_size)
         self.loss_weight = torch.tensor(1 / hp.sequences_per_step, device=self.device)
+        self.step: int | None = None  # updates made; None before the training
+        self.work_done = 0  # sequences; what `Watch` looks at
+        self.stop: Stop | None = None  # set by `Watch`
         self.model: nn.Module = self.raw_model
         if self.device.type == "cuda":
             torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
@@ -1279,6 +1416,7 @@ class Trainer:
         """Update the weights from this rank's sequences, (n, train_seq_len) each."""
         for sequence, sequence_targets in zip(inputs, targets):
             self.model(sequence, sequence_targets, self.window(step)).backward(gradient=self.loss_weight)
+            self.work_done += 1
         reductions = [
             [dist.all_reduce(p.grad, async_op=True) for group in optimizer.param_groups for p in group["params"]]
             for optimizer in self.optimizers
@@ -1296,6 +1434,7 @@ class Trainer:
         losses = torch.zeros(self.hp.val_tokens // self.hp.val_seq_len, device=self.device)
         for number, inputs, targets in val_sequences(self.val_shards, self.hp, self.ranks.rank, self.ranks.world_size, self.device):
             losses[number] = self.model(inputs, targets, self.window(step))
+            self.work_done += 1
         dist.all_reduce(losses)
         return losses.double().mean().item()
 
@@ -1323,22 +1462,260 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def train(trainer: Trainer, log: RunLog) -> None:
-    """Validate and train, step by step, with the clock running over training only."""
-    hp, clock = trainer.hp, Clock(trainer.device)
-    batches = train_batches(hp, trainer.ranks.rank, trainer.ranks.world_size, trainer.device)
-    log.show_progress(hp.num_iterations)
+    def named_states(self) -> Iterator[tuple[str, dict[str, Tensor | None], int | None]]:
+        """(parameter's name, its optimizer's state, the rank that has it, None: all ranks) for each parameter.
+
+        A rank that lacks a state gets one of the same form; what is received into it is not kept.
+        """
+        adamw, muon = self.optimizers
+        for name, p in self.raw_model.named_parameters():
+            if p in muon.owner:
+                yield name, muon.state_of(p) if muon.owner[p] == self.ranks.rank else muon.new_state(p), muon.owner[p]
+                continue
+            if not adamw.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=self.device)
+                adamw.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            yield name, adamw.state[p], None
+
+    @torch.no_grad()
+    def collect(self, with_optimizers: bool) -> dict[str, Any]:
+        """Weights, optimizer states of all ranks and random states, copied to rank 0's memory; {} on the other ranks."""
+        is_first = self.ranks.rank == 0
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, state, owner in self.named_states() if with_optimizers else ():
+            for key, tensor in state.items():
+                if tensor is None:
+                    continue
+                if owner is not None:
+                    dist.broadcast(as_bytes(tensor), owner)
+                if is_first:
+                    states.setdefault(name, {})[key] = tensor.to("cpu", copy=True)
+        if not is_first:
+            return {}
+        weights = {COMPILED_PREFIX + name: w.to("cpu", copy=True) for name, w in self.raw_model.state_dict().items()}
+        return dict(model=weights, optimizer_states=states, random_states=random_states(self.device))
+
+    @torch.no_grad()
+    def restore(self, checkpoint: dict[str, Any], with_optimizers: bool) -> None:
+        """The inverse of `collect`, on every rank, from what rank 0 has."""
+        is_first = self.ranks.rank == 0
+        for name, p in self.raw_model.named_parameters():
+            if is_first:
+                p.copy_(checkpoint["model"][COMPILED_PREFIX + name])
+            dist.broadcast(p.detach(), 0)
+        for name, state, _ in self.named_states() if with_optimizers else ():
+            for key, tensor in state.items():
+                if tensor is None:
+                    continue
+                if is_first:
+                    tensor.copy_(checkpoint["optimizer_states"][name][key])
+                dist.broadcast(as_bytes(tensor), 0)
+        if is_first:
+            set_random_states(checkpoint["random_states"], self.device)
+        checkpoint.clear()  # its memory map would keep the file from being freed
+
+
+class RunFailed(Exception):
+    """The run cannot go on; its message is for the user. Every rank raises it."""
+
+
+class Stopped(Exception):
+    """The run was asked to end, by the signal of this number, and can go on later. Every rank raises it."""
+
+
+class Checkpoints:
+    """The checkpoints of a run, on rank 0; the other ranks take part in collecting.
+
+    Collecting copies everything to rank 0's memory while the clock stands still; the file is written by a thread
+    meanwhile the training goes on.
+    """
+
+    def __init__(self, trainer: Trainer, log: RunLog, code: str):
+        self.trainer, self.log, self.code = trainer, log, code
+        self.path = None if log.path is None else log.path.with_suffix(".ckpt")
+        self.writer: threading.Thread | None = None
+
+    def is_due(self, step: int) -> bool:
+        every = self.trainer.hp.checkpoint_every
+        return every > 0 and step % every == 0
+
+    def save(self, step: int, train_time_ms: float, with_optimizers: bool = True) -> None:
+        """RunFailed where the weights are not finite: the checkpoint before stays."""
+        self.wait()
+        hp = self.trainer.hp
+        if not torch.stack([p.isfinite().all() for p in self.trainer.raw_model.parameters()]).all():
+            raise RunFailed(f"the weights are not finite at step {step}")
+        checkpoint = self.trainer.collect(with_optimizers)
+        if self.path is not None:
+            resume = Resume(step, train_time_ms, self.log.size(), self.trainer.ranks.world_size, with_optimizers)
+            checkpoint |= dict(step=step, code=self.code, resume=tuple(resume), configuration=json.dumps(asdict(hp)), next_batch=batch_place(hp, step))
+            self.writer = threading.Thread(target=self.write, args=(checkpoint,))
+            self.writer.start()
+
+    def write(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint that cannot be written does not end the run."""
+        try:
+            os.fsync(self.log.file.fileno())
+            write_checkpoint(self.path, checkpoint)
+        except OSError as error:
+            self.log.line(f"no checkpoint of step {checkpoint['step']}: {error}; the one before it stays, if there is one")
+
+    def wait(self) -> None:
+        """Until the file is written."""
+        if self.writer is not None:
+            self.writer.join()
+            self.writer = None
+
+    def remove(self) -> None:
+        self.wait()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def train(trainer: Trainer, log: RunLog, checkpoints: Checkpoints, start: Resume | None = None) -> float:
+    """Validate and train, step by step, with the clock running over training only; returns its last time in ms.
+
+    RunFailed: the loss or the weights are not finite. Stopped: at `trainer.stop`.
+    """
+    hp, first_step = trainer.hp, start.step if start else 0
+    clock = Clock(trainer.device, start.train_time_ms if start else 0.0)
+    batches = train_batches(hp, trainer.ranks.rank, trainer.ranks.world_size, trainer.device, first_step)
+    log.show_progress(hp.num_iterations, first_step)
+    trainer.step = first_step
     clock.start()
-    for step in range(hp.num_iterations + 1):
+    for step in range(first_step, hp.num_iterations + 1):
         is_last = step == hp.num_iterations
         if is_last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             clock.stop()
-            log.line(val_line(step, hp.num_iterations, trainer.validate(step), clock.stopped_ms))
+            val_loss = trainer.validate(step)
+            log.line(val_line(step, hp.num_iterations, val_loss, clock.stopped_ms))
+            if not math.isfinite(val_loss):
+                raise RunFailed(f"the validation loss is {val_loss} at step {step}")
             clock.start()
         if not is_last:
             trainer.train_step(step, *next(batches))
+            trainer.step = step + 1
             log.train_line(train_line(step + 1, hp.num_iterations, clock.running_ms()))
+            is_stop = trainer.stop is not None and trainer.stop.step == step + 1
+            if checkpoints.is_due(step + 1) or is_stop:
+                clock.stop()
+                checkpoints.save(step + 1, clock.stopped_ms)
+                if is_stop:
+                    checkpoints.wait()
+                    raise Stopped(trainer.stop.signal)
+                clock.start()
     log.hide_progress()
+    return clock.stopped_ms
+
+
+# -----------------------------------------------------------------------------
+# Watch: what the training thread cannot see itself
+
+POLL_S = 0.5
+GRACE_S = 5.0  # for the other ranks to answer, or to print their stacks
+START_TIMEOUT_S = 3600  # without progress, before the first step is done: the compiler is at work
+
+
+class Watch(threading.Thread):
+    """A thread of each rank that ends the rank, or the run, when it should not go on.
+
+    - SIGTERM, SIGINT: with checkpoints, all ranks agree on a step a little ahead and stop there. The rank that got
+      the signal says so in the store; each rank that reads it there answers with the step that it can stop at; the
+      largest of these it is. Without checkpoints, before the first step, or where a rank does not answer, it ends at once.
+    - no progress for `step_timeout` seconds: every thread's stack is printed and the rank ends.
+    - the launcher is gone: the rank ends, for nobody else would end it.
+    """
+
+    def __init__(self, trainer: Trainer, store: dist.Store):
+        super().__init__(daemon=True)
+        self.trainer, self.store, self.ranks = trainer, store, trainer.ranks
+        self.launcher = os.getppid()
+        self.signal = 0
+        self.seen, self.seen_at = -1, time.monotonic()
+        self.armed_at = 0.0
+        self.began: tuple[float, int] | None = None  # when the training was first seen, and its step
+        self.over = threading.Event()
+
+    def __enter__(self) -> "Watch":
+        # The bytes that signals write to a pipe are seen by this thread also while the training thread waits in a library.
+        self.signals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.over.set()
+        faulthandler.cancel_dump_traceback_later()
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            if select.select([self.signals], [], [], POLL_S)[0]:
+                self.signal = os.read(self.signals, 1)[0]
+            if self.over.is_set():
+                return
+            if self.ranks.launched and os.getppid() != self.launcher:
+                self.end(1, "the launcher is gone")
+            if self.trainer.step is not None and self.began is None:
+                self.began = time.monotonic(), self.trainer.step
+            self.look_at_progress()
+            try:
+                self.look_for_stop()
+            except RuntimeError as error:  # of the store, whose server the launcher is
+                self.end(1, f"the launcher does not answer ({error})")
+
+    def end(self, status: int, why: str) -> None:
+        """End this process at once."""
+        step = self.trainer.step or 0
+        if self.ranks.rank == 0 or not self.signal:
+            print(f"train_gpt_medium.py: rank {self.ranks.rank} ends at step {step}: {why}", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def look_at_progress(self) -> None:
+        now = time.monotonic()
+        has_begun = self.began is not None and self.trainer.step > self.began[1]
+        limit = self.trainer.hp.step_timeout if has_begun else START_TIMEOUT_S
+        if self.trainer.work_done != self.seen:
+            self.seen, self.seen_at = self.trainer.work_done, now
+        elif now - self.seen_at > limit:
+            print(f"rank {self.ranks.rank} has made no progress for {limit} s; its stacks:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr)
+            time.sleep(GRACE_S)
+            self.end(1, f"no progress for {limit} s, as the stacks above show; step_timeout sets the limit")
+        if now - self.armed_at > limit / 10:  # for when a library keeps this thread from running too
+            self.armed_at = now
+            faulthandler.dump_traceback_later(limit + 2 * GRACE_S, exit=True)
+
+    def look_for_stop(self) -> None:
+        if self.trainer.stop is not None:
+            return
+        if self.signal:
+            if not self.trainer.hp.checkpoint_every or self.began is None:
+                self.end(128 + self.signal, f"signal {self.signal}, and nothing to write a checkpoint of")
+            self.store.set("stop", str(self.signal))
+        if self.store.check(["stop"]):
+            self.signal = int(self.store.get("stop"))
+            self.agree()
+
+    def agree(self) -> None:
+        """Set the step at which all ranks stop, far enough ahead that no rank has passed it when it learns of it."""
+        if self.began is None:
+            self.end(128 + self.signal, f"signal {self.signal}")
+        since, first_step = self.began
+        seconds_per_step = (time.monotonic() - since) / max(1, self.trainer.step - first_step)
+        ahead = 2 + math.ceil(4 * POLL_S / seconds_per_step)
+        self.store.set(f"stop/{self.ranks.rank}", str(self.trainer.step + ahead))
+        answers = [f"stop/{rank}" for rank in range(self.ranks.world_size)]
+        deadline = time.monotonic() + GRACE_S
+        while not self.store.check(answers):
+            if time.monotonic() > deadline:
+                self.end(128 + self.signal, f"signal {self.signal}, and another rank does not answer")
+            time.sleep(0.05)
+        self.trainer.stop = Stop(max(int(self.store.get(answer)) for answer in answers), self.signal)
 
 
 # -----------------------------------------------------------------------------
@@ -1382,21 +1759,40 @@ def differing_keys(store: dist.Store, ranks: Ranks, plan: Plan) -> str:
     return f"{plan.config}: {', '.join(differing)} of rank {ranks.rank} differ from rank 0's; give every node the same config and options"
 
 
-def claim_log(hp: Hyperparameters, config: Path) -> tuple[int, RunLog]:
-    """The run's number and its log, opened. ValueError: see `choose_run_id`."""
+class Claim(NamedTuple):
+    """A run that is this process's: its number, its open log and, where it was interrupted, its checkpoint."""
+
+    run_id: int
+    log: RunLog
+    checkpoint: dict[str, Any] | None
+
+
+def resolve(hp: Hyperparameters, run_id: int) -> Hyperparameters:
+    """The keys that a run's number decides."""
+    return replace(hp, run_id=run_id, seed=run_id if hp.seed is None else hp.seed)
+
+
+def claim_run(hp: Hyperparameters, config: Path, code: str) -> Claim:
+    """Open and lock the run's log; of an interrupted run, cut it to where the checkpoint was written, or to nothing. ValueError: see
+    `choose_run_id`, `read_interrupted`, `RunLog`."""
     while True:
         run_id = choose_run_id(hp, config)
         path = log_path(hp, config, run_id)
         with blame(f"{config}: log_dir: cannot write a log, set log_dir to a folder that you can write to"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                return run_id, RunLog(path)
+                log = RunLog(path, new=hp.run_id is None)
             except FileExistsError:  # another run has taken the number since we looked
                 continue
+        with blame(f"{config}: run_id"):
+            log.lock()
+            choose_run_id(replace(hp, run_id=run_id), config)  # again, now that nobody else can be at it
+            checkpoint = read_interrupted(path.with_suffix(".ckpt"), resolve(hp, run_id), code)
+            log.cut(Resume(*checkpoint["resume"]).log_bytes if checkpoint else 0)
+        return Claim(run_id, log, checkpoint)
 
 
-def run(config: Path, hp: Hyperparameters, ranks: Ranks, store: dist.Store, log: RunLog, code: str) -> None:
-    """The run itself, all checks passed."""
+def start_process_group(ranks: Ranks, store: dist.Store) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
         # An hour, not ten minutes: ranks whose compile caches differ reach the first collective minutes apart.
@@ -1404,17 +1800,35 @@ def run(config: Path, hp: Hyperparameters, ranks: Ranks, store: dist.Store, log:
                                 device_id=ranks.device, timeout=timedelta(hours=1))
     else:
         dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world_size)
+
+
+def describe_resume(start: Resume, ranks: Ranks) -> str:
+    """The line of the log where a run goes on."""
+    then = "" if start.world_size == ranks.world_size else f" (until here {counted(start.world_size, 'rank')}, so that train_time is of both)"
+    return f"resumed at step {start.step} after {start.train_time_ms:.0f}ms of training; {ranks.describe_device()}{then}"
+
+
+def run(hp: Hyperparameters, ranks: Ranks, store: dist.Store, claim: Claim, start: Resume | None, code: str) -> None:
+    """The run itself, all checks passed. RunFailed, Stopped: see `train`."""
+    log = claim.log
+    start_process_group(ranks, store)
     trainer = Trainer(hp, ranks)
-    log.line(f"warm-up: {counted(hp.warmup_steps, 'step')}, not timed, then undone")
-    trainer.warm_up()
-    train(trainer, log)
-    log.line(peak_memory(trainer.device))
-    log.close()
-    if hp.save_checkpoint and ranks.rank == 0:
-        path = log_path(hp, config, hp.run_id).with_suffix(".ckpt")
-        write_checkpoint(path, trainer.raw_model, hp.num_iterations, code)
-        say(f"checkpoint: {path}")
-    dist.barrier()
+    with Watch(trainer, store):
+        log.line(f"warm-up: {counted(hp.warmup_steps, 'step')}, not timed, then undone")
+        trainer.warm_up()
+        if start is not None:
+            trainer.restore(claim.checkpoint or {}, start.with_optimizers)
+        checkpoints = Checkpoints(trainer, log, code)
+        train_time_ms = train(trainer, log, checkpoints, start)
+        if hp.save_checkpoint:
+            checkpoints.save(hp.num_iterations, train_time_ms, with_optimizers=False)
+            checkpoints.wait()
+            log.line(f"checkpoint: {checkpoints.path}")
+        log.line(peak_memory(trainer.device))
+        if not hp.save_checkpoint:
+            checkpoints.remove()
+        log.close()
+        dist.barrier()
     dist.destroy_process_group()
 
 
@@ -1426,32 +1840,62 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     ranks = Ranks.from_environment()
-    store = ranks.open_store()
-    plan, problem = attempt(plan_run, arguments, ranks)
+    launch, store = ranks.open_stores()
+    plans, problem = attempt(plan_runs, arguments, ranks)
     if not all_well(store, ranks, "plan", problem):
         return 2
     if ranks.rank == 0:
-        say(f"{describe_run(plan.hp)}\n{ranks.describe_device()}")
+        for plan in plans:
+            say(f"{describe_run(plan.hp)}\n{ranks.describe_device()}\nlogs: {log_path(plan.hp, plan.config, 0).parent}")
+    plan = plans[0]
     if plan.only_check:
         if not ranks.launched:
-            say(suggest_ranks(plan.hp))
+            say(suggest_ranks([plan.hp for plan in plans]))
         return 0
 
     if not all_well(store, ranks, "one config", differing_keys(store, ranks, plan)):
         return 2
-    claim, problem = attempt(claim_log, plan.hp, plan.config) if ranks.rank == 0 else ((None, RunLog(None)), "")
+    if ranks.rank == 0 and plan.hp.run_id is None and launch.check(["run_id"]):  # torchrun has restarted a run
+        plan = plan._replace(hp=replace(plan.hp, run_id=int(launch.get("run_id"))))
+    claim, problem = attempt(claim_run, plan.hp, plan.config, code) if ranks.rank == 0 else (Claim(0, RunLog(None), None), "")
     if not all_well(store, ranks, "log", problem):
         return 2
-    run_id, log = claim
     if ranks.rank == 0:
-        store.set("run_id", str(run_id))
-    run_id = int(store.get("run_id"))
-    hp = replace(plan.hp, run_id=run_id, seed=run_id if plan.hp.seed is None else plan.hp.seed)
-    write_log_header(log, code, hp, ranks)
-    log.line(f"log: {log.path}")
-    run(plan.config, hp, ranks, store, log, code)
-    return 0
+        launch.set("run_id", str(claim.run_id))
+        store.set("claim", json.dumps([claim.run_id, claim.checkpoint and claim.checkpoint["resume"]]))
+    run_id, resume = json.loads(store.get("claim"))
+    hp, start = resolve(plan.hp, run_id), Resume(*resume) if resume else None
+    if start is None:
+        write_log_header(claim.log, code, hp, ranks)
+    else:
+        claim.log.line(describe_resume(start, ranks))
+    claim.log.line(f"log: {claim.log.path}")
+    return run_and_report(hp, ranks, store, claim, start, code)
+
+
+def run_and_report(hp: Hyperparameters, ranks: Ranks, store: dist.Store, claim: Claim, start: Resume | None, code: str) -> int:
+    """The run's exit status; what has ended it before its time stands in one line on standard error and, if it can be written, in the log."""
+    log, status = claim.log, 1
+    try:
+        run(hp, ranks, store, claim, start, code)
+        return 0
+    except RunFailed as error:
+        why, is_ours = str(error), ranks.rank == 0
+    except Stopped as error:
+        status = 128 + error.args[0]
+        why, is_ours = "stopped, with a checkpoint; start the same config and run_id again to go on", ranks.rank == 0
+    except (ValueError, OSError) as error:
+        why, is_ours = " ".join(str(error).split()), True
+    log.hide_progress()
+    if is_ours:
+        print(f"train_gpt_medium.py: {log.path or f'rank {ranks.rank}'}: {why}", file=sys.stderr, flush=True)
+    try:
+        log.to_file(f"ended: {why}")
+    except OSError:
+        pass
+    os._exit(status)  # without the process group's farewell, for which ranks that are gone would be waited for
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save needs no traceback
     sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+import train_gpt_medium as train
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "train_gpt_medium.py"
 
@@ -47,3 +49,9 @@ def run_program(*arguments, ranks=None, env=(), cwd=ROOT, timeout=900):
 def val_losses(text):
     """{step: validation loss} of a log or of standard output."""
     return {int(match[1]): float(match[3]) for match in VAL_LINE.finditer(text)}
+
+
+def start_trainer(config, **overrides):
+    """A trainer in this process, which must be in a process group."""
+    overrides = {name: str(value) for name, value in {"seed": 0, "run_id": 0, **overrides}.items()}
+    return train.Trainer(train.load_hyperparameters(config, overrides), train.Ranks.from_environment())

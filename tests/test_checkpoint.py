@@ -5,7 +5,7 @@ import torch
 
 import train_gpt_medium as train
 from golden import golden_weights
-from helpers import run_program, val_losses
+from helpers import run_program, start_trainer, val_losses
 
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
 
@@ -27,15 +27,17 @@ def test_bf16_weights_of_a_published_checkpoint_are_loaded_exactly(tmp_path):
     assert all(torch.equal(model.state_dict()[name], w.float()) for name, w in weights.items())
 
 
-def test_a_written_checkpoint_has_the_published_form(tmp_path):
-    model = train.GPT(HP)
-    train.write_checkpoint(tmp_path / "000.ckpt", model, 12, "the program")
+def test_the_final_weights_have_the_published_form(small_config, process_group, tmp_path):
+    trainer, log = start_trainer(small_config(save_checkpoint=True)), train.RunLog(tmp_path / "000.txt")
+    checkpoints = train.Checkpoints(trainer, log, "the program")
+    checkpoints.save(4, 0.0, with_optimizers=False)
+    checkpoints.wait()
     checkpoint = torch.load(tmp_path / "000.ckpt", weights_only=True)
-    assert (checkpoint["step"], checkpoint["code"]) == (12, "the program")
+    assert (checkpoint["step"], checkpoint["code"], checkpoint["optimizer_states"]) == (4, "the program", {})
     assert set(checkpoint["model"]) == {"_orig_mod." + name for name in golden_weights(3, 128, 256)}
-    assert [path.name for path in tmp_path.iterdir()] == ["000.ckpt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"000.ckpt", "000.txt", "small.toml"}
     # The published script would load it into its compiled model.
-    torch.compile(train.GPT(HP)).load_state_dict(checkpoint["model"])
+    torch.compile(train.GPT(trainer.hp)).load_state_dict(checkpoint["model"])
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_a_bad_key_of_a_config_is_named_with_the_file(check, small_config, key, 
     (["--save_checkpoint", "True"], ["--save_checkpoint: expected true or false", '"True"']),
     (["--value_embeddings", "[[7]]"], ["--value_embeddings: table 0: layer 7 has no attention"]),
     (["--num_iterations"], ["expected one argument", "usage"]),
-    (["other.toml"], ["unexpected argument other.toml"]),
+    (["other.toml"], ["other.toml: no such config file"]),
     (["--log_dir", ""], ["--log_dir: is empty"]),
     (["--train_files", "\udce9*.bin"], ["train_files: no file matches \\udce9*.bin"]),
 ])
@@ -209,12 +209,45 @@ def test_checking_32_shards_of_200_mb_takes_under_two_seconds(tmp_path):
     assert time.perf_counter() - start < 2
 
 
-def test_an_explicit_run_id_that_is_taken(check, small_config, tmp_path):
+@pytest.mark.parametrize("last_line, taken", [
+    ("peak memory allocated: 1 MiB reserved: 2 MiB\n", True),
+    ("peak memory resident: 1 MiB\n", True),
+    ("peak memory resident: 1 MiB", False),  # torn: it was still being written
+    ("step:4/4 val_loss:5.000000 train_time:5ms step_avg:1.00ms\n", False),
+    ("", False),
+])
+def test_an_explicit_run_id_is_taken_by_a_finished_run(check, small_config, tmp_path, last_line, taken):
     log = tmp_path / "logs" / "small" / "005.txt"
     log.parent.mkdir(parents=True)
-    log.touch()
-    assert_one_line(check(small_config(), "--run_id", 5), "run_id: run 5", "never overwritten")
+    log.write_text("peak memory resident: 1 MiB\nin the text of the program\n" + last_line)
+    if taken:
+        assert_one_line(check(small_config(), "--run_id", 5), "run_id: run 5 is finished", "never overwritten")
+    else:
+        assert check(small_config(), "--run_id", 5)[0] == 0
     assert check(small_config(), "--run_id", 6)[0] == 0
+
+
+def test_a_checkpoint_without_its_log_is_not_gone_on_with(check, small_config, tmp_path):
+    (tmp_path / "logs" / "small").mkdir(parents=True)
+    (tmp_path / "logs" / "small" / "005.ckpt").touch()
+    assert_one_line(check(small_config(), "--run_id", 5), "run 5 has a checkpoint", "but no log")
+
+
+def test_a_config_whose_logs_would_be_outside_log_dir(check, small_config, tmp_path):
+    small_config().rename(tmp_path / "...toml")
+    assert_one_line(check(tmp_path / "...toml"), "...toml: ", "outside log_dir", "rename the config")
+
+
+def test_several_configs_are_checked_together_and_run_one_by_one(check, small_config, tmp_path, capsys):
+    first = small_config()
+    second = tmp_path / "second.toml"
+    second.write_text(first.read_text())
+    status, errors, output = check(first, second)
+    assert (status, errors) == (0, []) and f"logs: {tmp_path}/logs/small\n" in output and f"logs: {tmp_path}/logs/second\n" in output
+    second.write_text(first.read_text().replace("num_iterations = 4", "num_iterations = 0"))
+    assert_one_line(check(first, second), f"{second}: num_iterations: 0 is too small")
+    assert train.main([str(first), str(second)]) == 2
+    assert "one config a run" in capsys.readouterr().err
 
 
 def test_a_link_to_nowhere_in_place_of_a_log_or_folder(check, small_config, tmp_path):

@@ -140,9 +140,9 @@ def test_the_record_has_5820_steps():
 def test_any_key_can_be_overridden_on_the_command_line(name, text, value, form, tmp_path):
     path = write_config(tmp_path / "c.toml", num_iterations=3)
     words = [f"--{name}={text}"] if form == "equals sign" else [f"--{name}", text]
-    config, overrides, only_check = train.parse_command_line([str(path), *words])
-    assert (config, only_check) == (path, False)
-    assert getattr(load(config, **overrides), name) == value
+    configs, overrides, only_check = train.parse_command_line([str(path), *words])
+    assert (configs, only_check) == ([path], False)
+    assert getattr(load(path, **overrides), name) == value
 
 
 def test_parameter_counts_of_the_baseline():

@@ -9,7 +9,7 @@ import torch
 
 import train_gpt_medium as train
 from golden import CASES, golden_weights, write_golden_case
-from helpers import PROGRAM, TRAIN_LINE, VAL_LINE, run_program, val_losses, write_config
+from helpers import PROGRAM, TRAIN_LINE, VAL_LINE, run_program, start_trainer, val_losses, write_config
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_validation_is_not_timed_and_the_clock_waits_for_all_ranks(small_config,
     monkeypatch.setattr(trainer, "train_step", lambda *_: events.append("step"))
     monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
     log = train.RunLog(tmp_path / "log.txt")
-    train.train(trainer, log)
+    train.train(trainer, log, train.Checkpoints(trainer, log, "the program"))
     log.close()
     text = (tmp_path / "log.txt").read_text()
     assert all(int(match[3]) < 2000 for match in TRAIN_LINE.finditer(text)) and all(int(match[4]) < 2000 for match in VAL_LINE.finditer(text))
@@ -109,11 +109,6 @@ def test_lines_to_the_letter():
     assert train.val_line(125, 5960, 4.32568, 27923.4) == "step:125/5960 val_loss:4.325680 train_time:27923ms step_avg:223.39ms"
     assert train.val_line(0, 5960, 10.82584, 0.17) == "step:0/5960 val_loss:10.825840 train_time:0ms step_avg:0.17ms"
     assert train.train_line(126, 5960, 28146.0) == "step:126/5960 train_time:28146ms step_avg:223.38ms"
-
-
-def start_trainer(config, **overrides):
-    overrides = {name: str(value) for name, value in {"seed": 0, "run_id": 0, **overrides}.items()}
-    return train.Trainer(train.load_hyperparameters(config, overrides), train.Ranks.from_environment())
 
 
 def everything(trainer):
@@ -152,7 +147,7 @@ def test_the_warm_up_runs_training_and_validation(small_config, process_group, m
 def test_val_loss_every(small_config, process_group, tmp_path, every, steps):
     trainer = start_trainer(small_config(), val_loss_every=every)
     log = train.RunLog(tmp_path / "log.txt")
-    train.train(trainer, log)
+    train.train(trainer, log, train.Checkpoints(trainer, log, "the program"))
     log.close()
     assert list(val_losses((tmp_path / "log.txt").read_text())) == steps
 
@@ -179,10 +174,11 @@ def test_run_ids_count_up_and_are_the_seed(small_config, process_group):
     config = small_config()
     hp = train.load_hyperparameters(config, {})
     for expected in range(3):
-        run_id, log = train.claim_log(hp, config)
-        log.close()
-        assert (run_id, log.path.name) == (expected, f"{expected:03d}.txt")
-    (log.path.parent / "003.ckpt").touch()
+        claim = train.claim_run(hp, config, "the program")
+        claim.log.close()
+        assert (claim.run_id, claim.log.path.name, claim.checkpoint) == (expected, f"{expected:03d}.txt", None)
+        assert train.resolve(hp, claim.run_id).seed == expected
+    (claim.log.path.parent / "003.ckpt").touch()
     assert train.choose_run_id(hp, config) == 4
 
 
