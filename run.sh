@@ -48,7 +48,7 @@ find_python() {
 if [ "${1-}" = test ]; then
     shift
     cd "$here"
-    find_python "torch numpy huggingface_hub tqdm pytest" requirements.txt tests/requirements.txt
+    find_python "torch numpy huggingface_hub tqdm pytest scipy matplotlib" requirements.txt tests/requirements.txt
     exec "$python" -m pytest "$@"
 fi
 
