@@ -1187,7 +1187,11 @@ def plan_runs(arguments: Sequence[str], ranks: Ranks) -> list[Plan]:
     if only_check and (intended := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(intended) > 0:
         ranks = replace(ranks, world_size=int(intended))
     plans = [Plan(config, load_hyperparameters(config, overrides), only_check) for config in configs]
+    folder_of: dict[Path, Path] = {}
     for plan in plans:
+        folder = log_path(plan.hp, plan.config, 0).parent
+        if (other := folder_of.setdefault(folder, plan.config)) is not plan.config:
+            raise ValueError(f"{plan.config}: its logs would go to {folder}, as those of {other} do; rename one of the configs, or name it once")
         check_run(plan.hp, plan.config, ranks)
     return plans
 
@@ -1616,6 +1620,16 @@ GRACE_S = 5.0  # for the other ranks to answer, or to print their stacks
 START_TIMEOUT_S = 3600  # without progress, before the first step is done: the compiler is at work
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 class Watch(threading.Thread):
     """A thread of each rank that ends the rank, or the run, when it should not go on.
 
@@ -1629,7 +1643,7 @@ class Watch(threading.Thread):
     def __init__(self, trainer: Trainer, store: dist.Store):
         super().__init__(daemon=True)
         self.trainer, self.store, self.ranks = trainer, store, trainer.ranks
-        self.launcher = os.getppid()
+        self.launcher, self.run_sh = os.getppid(), int(os.environ.get("RUN_SH_PID", "0"))
         self.signal = 0
         self.seen, self.seen_at = -1, time.monotonic()
         self.armed_at = 0.0
@@ -1658,7 +1672,7 @@ class Watch(threading.Thread):
                 self.signal = os.read(self.signals, 1)[0]
             if self.over.is_set():
                 return
-            if self.ranks.launched and os.getppid() != self.launcher:
+            if self.ranks.launched and (os.getppid() != self.launcher or self.run_sh and not is_alive(self.run_sh)):
                 self.end(1, "the launcher is gone")
             if self.trainer.step is not None and self.began is None:
                 self.began = time.monotonic(), self.trainer.step
