@@ -23,6 +23,8 @@ try:
     versions = {name: version(name) for name in sys.argv[1:]}
 except PackageNotFoundError:
     sys.exit(1)
+if int(versions["huggingface_hub"].split(".")[0]) < 1:
+    sys.exit(1)
 sys.exit(not (2, 11) <= tuple(int(x) for x in versions["torch"].split(".")[:2]) <= (2, 13))
 PYTHON
 }

@@ -296,35 +296,39 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 WHOLLY_CHECKED_TOKENS = 2**23  # shards up to this size have every token id checked
 SAMPLE_PIECES, SAMPLE_PIECE_TOKENS = 64, 2**14  # larger ones this many pieces, spread evenly
 FINEWEB_FOLDER = Path(__file__).resolve().parent / "data" / "fineweb10B"
-FINEWEB_SHARD_TOKENS = 100_000_000
+FINEWEB_SHARDS, FINEWEB_SHARD_TOKENS = 103, 100_000_000  # for training
 READ_AHEAD_BYTES = 2**28  # at most so much is read at once: more than a FineWeb shard, which has 200 MB
 
 
+class Wanting(ValueError):
+    """Shards are missing or damaged: making or fetching them mends it."""
+
+
 def open_shard(path: str) -> np.memmap:
-    """The tokens of a shard, memory-mapped (n,) uint16. ValueError: wrong magic, version or length."""
+    """The tokens of a shard, memory-mapped (n,) uint16. Wanting: wrong magic, version or length."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: not a regular file; let the pattern match shards only")
+        raise Wanting(f"{path}: not a regular file; let the pattern match shards only")
     size = os.path.getsize(path)
     header = np.fromfile(path, dtype="<i4", count=3)
     fix = "it is no shard, or damaged: make or fetch it again"
     if size < SHARD_HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes are too short for the header of {SHARD_HEADER_BYTES}; {fix}")
+        raise Wanting(f"{path}: {size} bytes are too short for the header of {SHARD_HEADER_BYTES}; {fix}")
     magic, version, num_tokens = (int(x) for x in header)
     if magic != SHARD_MAGIC:
-        raise ValueError(f"{path}: magic number {magic} instead of {SHARD_MAGIC}; {fix}")
+        raise Wanting(f"{path}: magic number {magic} instead of {SHARD_MAGIC}; {fix}")
     if version != SHARD_VERSION:
-        raise ValueError(f"{path}: version {version} instead of {SHARD_VERSION}; {fix}")
+        raise Wanting(f"{path}: version {version} instead of {SHARD_VERSION}; {fix}")
     if num_tokens < 1 or size != SHARD_HEADER_BYTES + 2 * num_tokens:
         found = (size - SHARD_HEADER_BYTES) / 2
-        raise ValueError(f"{path}: wrong length, the header says {num_tokens:,} tokens and the file holds {found:,.15g}; {fix}")
+        raise Wanting(f"{path}: wrong length, the header says {num_tokens:,} tokens and the file holds {found:,.15g}; {fix}")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(num_tokens,))
 
 
 def open_shards(pattern: str) -> list[np.memmap]:
-    """All shards that match a glob pattern, in sorted order. ValueError: there is none, or a bad one."""
+    """All shards that match a glob pattern, in sorted order. Wanting: there is none, or a bad one."""
     paths = sorted(glob.glob(pattern))
     if not paths:
-        raise ValueError(f"no file matches {pattern}; make or fetch the data first (README, section Data)")
+        raise Wanting(f"no file matches {pattern}; make or fetch the data first (README, section Data)")
     return [open_shard(path) for path in paths]
 
 
@@ -380,8 +384,10 @@ def read_tokens(file: io.BufferedReader, positions: Sequence[int], count: int) -
     """
     tokens = np.empty((len(positions), count), "<u2")
     for row, position in zip(tokens, positions):
-        file.seek(SHARD_HEADER_BYTES + 2 * position)
-        if file.readinto(row) != row.nbytes:
+        with blame(file.name):
+            file.seek(SHARD_HEADER_BYTES + 2 * position)
+            received = file.readinto(row)
+        if received != row.nbytes:
             raise ValueError(f"{file.name}: ends before token {position + count:,}, though it was whole at the start; make or fetch it again")
     return tokens
 
@@ -392,7 +398,8 @@ def read_ahead(read: Callable[[Piece], np.ndarray], pieces: Iterator[Piece]) -> 
     reader = ThreadPoolExecutor(max_workers=1)
 
     def start_next() -> Future | None:
-        return next((reader.submit(read, piece) for piece in pieces), None)
+        piece = next(pieces, None)
+        return None if piece is None else reader.submit(read, piece)
 
     def results(ahead: Future | None) -> Iterator[np.ndarray]:
         while ahead is not None:
@@ -455,37 +462,41 @@ def largest_token_id(shard: np.memmap) -> int:
 
 def is_fineweb(pattern: str) -> bool:
     """Whether the files of a pattern are those that data/cached_fineweb10B.py fetches."""
-    return Path(pattern).parent.resolve() == FINEWEB_FOLDER.resolve()
+    return os.path.realpath(os.path.dirname(pattern)) == os.path.realpath(FINEWEB_FOLDER)
 
 
 def fineweb_shards_needed(num_iterations: int, step_tokens: int) -> int | None:
-    """How many of FineWeb's training shards hold so many steps, by the rule of `batch_positions`. None: no number of them."""
+    """How many of FineWeb's training shards hold so many steps, by the rule of `batch_positions`. None: all of them do not."""
     steps_per_shard = num_batches([FINEWEB_SHARD_TOKENS], step_tokens)
-    return math.ceil(num_iterations / steps_per_shard) if steps_per_shard else None
+    shards = -(-num_iterations // steps_per_shard) if steps_per_shard else FINEWEB_SHARDS + 1
+    return shards if shards <= FINEWEB_SHARDS else None
 
 
 @contextmanager
 def suggest_fetching(pattern: str, shards: int | None) -> Iterator[None]:
-    """Add the command that fetches FineWeb to an error about its files. `run.sh` reads it."""
+    """Add the command that fetches so many of FineWeb's shards to an error about its files that this mends. `run.sh` reads it."""
     try:
         yield
-    except ValueError as error:
-        fetch = f"; to fetch FineWeb: python data/cached_fineweb10B.py {shards}" if shards and is_fineweb(pattern) else ""
-        raise ValueError(f"{error}{fetch}") from None
+    except Wanting as error:
+        if shards is None or not is_fineweb(pattern):
+            raise
+        named = re.search(r"fineweb_train_(\d{6})\.bin", str(error))  # a damaged one beyond what is needed
+        shards = max(shards, int(named[1])) if named else shards
+        raise ValueError(f"{error}; to fetch FineWeb: python data/cached_fineweb10B.py {shards}") from None
 
 
 def check_no_gap(pattern: str, paths: list[str]) -> None:
-    """ValueError where one of FineWeb's training shards is missing although a later one is there: its tokens would be passed over."""
+    """Wanting where one of FineWeb's training shards is missing although a later one is there: its tokens would be passed over."""
     names = {os.path.basename(path) for path in paths}
     numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"fineweb_train_(\d{6})\.bin", name))]
     for number in range(1, max(numbers, default=1)):
         name = f"fineweb_train_{number:06d}.bin"
         if name not in names and fnmatch.fnmatchcase(name, os.path.basename(pattern)):
-            raise ValueError(f"{pattern}: {name} is missing though later shards are there, so the run would see other tokens; fetch it")
+            raise Wanting(f"{pattern}: {name} is missing though later shards are there, so the run would see other tokens; fetch it, or name the shards in the pattern")
 
 
-def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, purpose: str) -> None:
-    """ValueError where the shards are missing, damaged, of another vocabulary, or hold fewer than `needed` batches."""
+def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, purpose: str, more: type[ValueError] = Wanting) -> None:
+    """ValueError where the shards are of another vocabulary, Wanting where they are missing or damaged, `more` where there are too few tokens."""
     shards = open_shards(pattern)
     for shard in shards:
         if (largest := largest_token_id(shard)) >= vocab_size:
@@ -494,7 +505,7 @@ def check_stream(pattern: str, vocab_size: int, batch_tokens: int, needed: int, 
     lengths = [len(shard) for shard in shards]
     found = num_batches(lengths, batch_tokens)
     if found < needed:
-        raise ValueError(
+        raise more(
             f"too few tokens: {purpose} needs {needed * batch_tokens:,} ({needed:,} x {batch_tokens:,}) and the start of one more, "
             f"{pattern} has {sum(lengths):,} in {counted(len(shards), 'shard')}, good for {found:,}; add shards or ask for less"
         )
@@ -1118,7 +1129,7 @@ def check_keys_together(hp: Hyperparameters, ranks: Ranks) -> None:
 def log_path(hp: Hyperparameters, config: Path, run_id: int) -> Path:
     """ValueError where it would be outside log_dir."""
     if config.stem in (".", ".."):
-        raise ValueError(f"its logs would be outside log_dir, in {hp.log_dir}/{config.stem}; rename the config")
+        raise ValueError(f"{config}: its logs would be outside log_dir, in {hp.log_dir}/{config.stem}; rename the config")
     return Path(hp.log_dir) / config.stem / f"{run_id:03d}.txt"
 
 
@@ -1166,8 +1177,9 @@ def check_run(hp: Hyperparameters, config: Path, ranks: Ranks) -> None:
         shards = fineweb_shards_needed(hp.num_iterations, step_tokens)
         with blame("train_files"), suggest_fetching(hp.train_files, shards):
             check_stream(hp.train_files, hp.vocab_size, step_tokens, hp.num_iterations, f"num_iterations = {hp.num_iterations}")
-        with blame("val_files"), suggest_fetching(hp.val_files, shards):
-            check_stream(hp.val_files, hp.vocab_size, hp.val_seq_len, hp.val_tokens // hp.val_seq_len, f"val_tokens = {hp.val_tokens}")
+        with blame("val_files"), suggest_fetching(hp.val_files, shards if is_fineweb(hp.train_files) else 0):
+            val_sequences = hp.val_tokens // hp.val_seq_len  # of one shard, to which fetching adds none
+            check_stream(hp.val_files, hp.vocab_size, hp.val_seq_len, val_sequences, f"val_tokens = {hp.val_tokens}", more=ValueError)
 
 
 class Plan(NamedTuple):

@@ -9,19 +9,20 @@ https://huggingface.co/datasets/kjj0/fineweb10B-gpt2 into data/fineweb10B/.
 - A shard that is there already is compared in the same way and fetched again where it is damaged. Where all are
   whole, the network is not used.
 - Any number of calls can run at once, also on several nodes with one disk: each shard is locked by the call that
-  fetches it, and the others take other shards meanwhile.
+  fetches it, and the others take other shards meanwhile. Where the disk has no locks, each call fetches for itself.
 """
 
 import argparse
 import errno
 import fcntl
-import glob
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import sys
 import threading
 import time
@@ -32,16 +33,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from huggingface_hub import HfApi, get_session, hf_hub_url, hf_raise_for_status
-from huggingface_hub import constants as hub
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of the HTTP library that this version of the hub's builds on
-from huggingface_hub.utils import build_hf_headers
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load needs no traceback
+
+try:
+    from huggingface_hub import HfApi, get_session, hf_hub_url, hf_raise_for_status
+    from huggingface_hub import constants as hub
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of the HTTP library that this version of the hub's builds on
+    from huggingface_hub.utils import build_hf_headers
+except Exception as error:  # it reads HF_ENDPOINT and other variables while it is imported
+    sys.exit(f"cached_fineweb10B.py: huggingface_hub cannot be loaded ({type(error).__name__}: {error}); install requirements.txt, check HF_ENDPOINT")
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train_gpt_medium import CommandLine, Hyperparameters, counted, largest_token_id, num_batches, open_shard  # noqa: E402
+from train_gpt_medium import CommandLine, Hyperparameters, counted, largest_token_id, num_batches, open_shard, say  # noqa: E402
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 FOLDER = Path(__file__).resolve().parent / "fineweb10B"
@@ -87,10 +94,12 @@ def read_record(folder: Path) -> Record | None:
     try:
         values = json.loads(path.read_bytes())
         files = {name: HubFile(int(size), str(sha256)) for name, (size, sha256) in values["files"].items() if SHARD_NAME.fullmatch(name)}
+        if not files:
+            raise ValueError("no files")
         return Record(str(values["repository"]), str(values["revision"]), str(values["commit"]), files)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not a record that can be read ({type(error).__name__}); remove it and start again") from None
 
 
@@ -98,6 +107,8 @@ def ask_hub(revision: str) -> Record:
     """The commit that a revision is now, and its shards, as the Hub has them. ValueError: this is not the Hub's answer."""
     try:
         info = persist(lambda: HfApi().dataset_info(REPOSITORY, revision=revision, files_metadata=True, timeout=hub.HF_HUB_DOWNLOAD_TIMEOUT))
+    except UnicodeError:
+        raise ValueError("HF_TOKEN has characters that no access token has; correct it or unset it") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{hub.ENDPOINT} does not answer as the Hub does; check HF_ENDPOINT and whether a proxy wants a log-in") from None
     files = {
@@ -110,23 +121,24 @@ def ask_hub(revision: str) -> Record:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Written elsewhere and renamed, so that it is whole."""
-    path = folder / UNFINISHED / f"{RECORD}.{os.getpid()}"
+    """Written elsewhere and linked to its name, so that it is whole, unless another process was first."""
+    path = folder / UNFINISHED / f"{RECORD}.{socket.gethostname()}.{os.getpid()}"
     path.write_text(json.dumps(asdict(record), indent=1))
-    path.replace(folder / RECORD)
+    try:
+        os.link(path, folder / RECORD)
+    except FileExistsError:
+        pass
+    except OSError:  # a filesystem without links
+        path.rename(folder / RECORD)
+    path.unlink(missing_ok=True)
 
 
 def find_record(folder: Path, revision: str | None) -> Record:
     """The folder's record, made from the Hub's answer where there is none. ValueError: it is of another revision."""
-    while True:
-        with locked(folder / UNFINISHED / "lock") as file:
-            record = read_record(folder)
-            if record is None and file is not None:
-                record = ask_hub(revision or "main")
-                write_record(folder, record)
-        if record is not None:
-            break
-        time.sleep(POLL_S)  # another process is asking
+    if (record := read_record(folder)) is None:
+        (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        write_record(folder, ask_hub(revision or "main"))
+        record = read_record(folder)
     if revision not in (None, record.revision, record.commit):
         raise ValueError(f"--revision {revision}: {folder} holds revision {record.revision}, commit {record.commit}; "
                          f"leave --revision out, or move the folder away and start again")
@@ -137,36 +149,46 @@ def find_record(folder: Path, revision: str | None) -> Record:
 # One file
 
 
+class NoLocks(Exception):
+    """The filesystem has no locks."""
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[io.FileIO | None]:
-    """The file at a path, made where there is none, locked until the end of the block or of the process.
-
-    None where another process has it. On a filesystem without locks nobody is kept out: then several processes
-    write the same bytes to the same places.
-    """
+    """The file at a path, made where there is none, locked until the end of the block or of the process; None: another process has it. NoLocks."""
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not, say, renamed by who had it before
-        except (BlockingIOError, FileNotFoundError):
-            is_ours = False
-        except OSError:
-            is_ours = True
-        yield file if is_ours else None
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise NoLocks from None
+            yield None
+        else:
+            yield file if is_at(file, path) else None
+
+
+def is_at(file: io.FileIO, path: Path) -> bool:
+    """Whether an open file is the one at a path, not, say, renamed since by another process."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def find_damage(path: Path, expected: HubFile | None) -> str:
     """What is wrong with a shard, "" for nothing: by the Hub's size and SHA-256, then by its header and a sample of its ids."""
-    if expected is not None:
-        if (size := path.stat().st_size) != expected.size:
-            return f"{size:,} bytes instead of {expected.size:,}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                return "its SHA-256 is not the Hub's"
     try:
+        if expected is not None:
+            if (size := path.stat().st_size) != expected.size:
+                return f"{size:,} bytes instead of {expected.size:,}"
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                    return "its SHA-256 is not the Hub's"
         largest = largest_token_id(open_shard(str(path)))
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     vocab_size = Hyperparameters().vocab_size
     return f"holds token id {largest}, but the vocabulary has {vocab_size}" if largest >= vocab_size else ""
 
@@ -175,7 +197,7 @@ def is_passing(error: Exception) -> bool:
     """Whether a failure may be over in a moment: no answer, or the Hub's word that it is busy."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, HTTPError)
+    return isinstance(error, HTTPError) and type(error).__name__ != "UnsupportedProtocol"  # an endpoint without http://
 
 
 T = TypeVar("T")
@@ -196,7 +218,7 @@ def persist(action: Callable[[], T], progress: Callable[[], int] = int) -> T:
 
 
 def receive(file: io.FileIO, url: str, size: int) -> None:
-    """Append to the file what it lacks of the `size` bytes at the URL."""
+    """Append to the file what it lacks of the `size` bytes at the URL. ValueError: this is not the Hub's answer."""
     start = file.seek(0, os.SEEK_END)
     if start >= size:
         return
@@ -206,39 +228,61 @@ def receive(file: io.FileIO, url: str, size: int) -> None:
             return
         hf_raise_for_status(response)
         if response.status_code != 206:  # all of it, though only the rest was asked for
+            if start and response.headers.get("Content-Length") != str(size):
+                raise ValueError(f"{hub.ENDPOINT} does not answer as the Hub does; check HF_ENDPOINT and whether a proxy wants a log-in")
             file.seek(0)
         for chunk in response.iter_bytes():  # as they come: chunks of a given size would be lost with the connection
             rest = memoryview(chunk)
             while rest:
                 rest = rest[file.write(rest) :]
+            if file.tell() > size:
+                return
 
 
 class Damaged(Exception):
     """A file arrived damaged twice."""
 
 
+def unfinished_path(folder: Path, record: Record, name: str) -> Path:
+    """Where a shard grows; another content grows elsewhere."""
+    return folder / UNFINISHED / f"{name}.{record.files[name].sha256[:16]}"
+
+
 def fetch(folder: Path, record: Record, name: str) -> bool:
-    """Bring one shard under its name. False: another process has it locked. Damaged; HTTPError, OSError: see `explain`."""
-    path, expected = folder / name, record.files[name]
-    unfinished = folder / UNFINISHED / f"{name}.{expected.sha256[:16]}"
-    url = hf_hub_url(record.repository, name, repo_type="dataset", revision=record.commit)
+    """Bring one shard under its name. False: another process has it locked. Damaged; ValueError, HTTPError, OSError: see `explain`."""
+    unfinished = unfinished_path(folder, record, name)
     for _ in range(2):
-        with locked(unfinished) as file:
-            if file is None:
-                return False
-            if path.exists():
-                if not find_damage(path, expected):
-                    unfinished.unlink()
-                    return True
-                path.unlink()
-            persist(lambda: receive(file, url, expected.size), progress=lambda: os.fstat(file.fileno()).st_size)
-            damage = find_damage(unfinished, expected)
-            if not damage:
-                os.fsync(file)
-                unfinished.rename(path)
-                return True
-            unfinished.unlink()
+        try:
+            with locked(unfinished) as file:
+                if file is None:
+                    return False
+                damage = fetch_into(file, unfinished, folder, record, name)
+        except NoLocks:  # a file of this call's own: it costs only what others fetch too, and what is left of it
+            own = unfinished.with_name(f"{unfinished.name}.{socket.gethostname()}.{os.getpid()}")
+            with open(own, "w+b", buffering=0) as file:
+                damage = fetch_into(file, own, folder, record, name)
+        if not damage:
+            return True
     raise Damaged(f"{name}: fetched twice and damaged each time: {damage}; start again later, or with another --revision in an empty folder")
+
+
+def fetch_into(file: io.FileIO, path: Path, folder: Path, record: Record, name: str) -> str:
+    """Fetch a shard into an open file, and rename that; what is wrong with what has arrived, "" for nothing."""
+    expected, final = record.files[name], folder / name
+    if final.exists():
+        if not find_damage(final, expected):
+            path.unlink()
+            return ""
+        final.unlink(missing_ok=True)
+    url = hf_hub_url(record.repository, name, repo_type="dataset", revision=record.commit)
+    persist(lambda: receive(file, url, expected.size), progress=lambda: os.fstat(file.fileno()).st_size)
+    damage = find_damage(path, expected)
+    if damage:
+        path.unlink()
+    else:
+        os.fsync(file)
+        path.rename(final)
+    return damage
 
 
 # -----------------------------------------------------------------------------
@@ -296,7 +340,7 @@ class Lanes:
                 break
         if self.error is not None:
             raise self.error
-        return any(thread.is_alive() for thread in self.threads)
+        return bool(self.waiting) or any(thread.is_alive() for thread in self.threads)
 
 
 class Ramp:
@@ -326,6 +370,10 @@ class Ramp:
             self.lanes, self.best_rate = 2 * self.lanes, rate
 
 
+def on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def gigabytes(n: float) -> str:
     return f"{n / 1e9:,.2f} GB"
 
@@ -338,14 +386,15 @@ class Progress:
         self.total = sum(record.files[name].size for name in names)
         self.start, self.start_bytes = time.monotonic(), self.bytes_there()
         self.bar = tqdm(total=self.total, initial=self.start_bytes, unit="B", unit_scale=True, desc=counted(len(names), "shard"),
-                        disable=not sys.stderr.isatty(), dynamic_ncols=True, mininterval=0)
+                        disable=not on_terminal(), dynamic_ncols=True, mininterval=0)
 
     def bytes_there(self) -> int:
         """Of the job's shards, by whomever they were fetched."""
         return sum(self.bytes_of(name) for name in self.names)
 
     def bytes_of(self, name: str) -> int:
-        for path in (self.folder / name, self.folder / UNFINISHED / f"{name}.{self.record.files[name].sha256[:16]}"):
+        final = self.folder / name
+        for path in (final, unfinished_path(self.folder, self.record, name), final):  # again, for what is renamed meanwhile
             try:
                 return path.stat().st_size
             except FileNotFoundError:
@@ -362,7 +411,7 @@ class Progress:
             there, seconds = self.bytes_there(), time.monotonic() - self.start
             rate = (there - self.start_bytes) / seconds
             left = f"{(self.total - there) / rate:,.0f} s left" if rate > 0 else "time left unknown"
-            print(f"{name}: {number} of {len(self.names)}, {gigabytes(there)} of {gigabytes(self.total)}, {rate / 1e6:,.1f} MB/s, {left}", flush=True)
+            say(f"{name}: {number} of {len(self.names)}, {gigabytes(there)} of {gigabytes(self.total)}, {rate / 1e6:,.1f} MB/s, {left}")
 
 
 def check_space(folder: Path, missing: int) -> None:
@@ -386,7 +435,7 @@ def fetch_all(folder: Path, record: Record, names: list[str]) -> list[Damaged]:
                 progress.line(name, shown)
             for name in lanes.busy - told:
                 told.add(name)
-                progress.bar.write(f"{name}: another process is fetching it")
+                say(f"{name}: another process is fetching it")
             lanes.allow(ramp.observe(time.monotonic(), progress.bytes_there()))
         progress.show()
     return lanes.damaged
@@ -400,10 +449,10 @@ def look_at(folder: Path, files: dict[str, HubFile | None]) -> dict[str, str]:
         damage[name] = find_damage(folder / name, files[name])
         return True
 
-    names = [name for name in files if (folder / name).exists()]
+    names = [name for name in files if os.path.lexists(folder / name)]
     lanes = Lanes(look, names)
     lanes.allow(min(len(names), os.cpu_count() or 1))
-    with tqdm(total=len(names), unit="shard", desc="comparing", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=len(names), unit="shard", desc="comparing", disable=not on_terminal(), dynamic_ncols=True, leave=False) as bar:
         while lanes.at_work():
             bar.update(len(damage) - bar.n)
     return damage
@@ -415,46 +464,52 @@ def look_at(folder: Path, files: dict[str, HubFile | None]) -> dict[str, str]:
 
 def bring(folder: Path, num_shards: int | None, revision: str | None) -> list[str]:
     """Have the shards in the folder; returns complaints, one a shard that could not be had. ValueError, HTTPError, OSError."""
-    (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
     record = find_record(folder, revision)
     names = record.first(num_shards)
     damage = look_at(folder, {name: record.files[name] for name in names})
     for name, what in damage.items():
         if what:
-            print(f"{name}: {what}; it is fetched again", flush=True)
+            say(f"{name}: {what}; it is fetched again")
     missing = [name for name in names if damage.get(name) != ""]
-    print(f"{folder}: commit {record.commit}, {len(names) - len(missing)} of {counted(len(names), 'shard')} whole", flush=True)
+    say(f"{folder}: commit {record.commit}, {len(names) - len(missing)} of {counted(len(names), 'shard')} whole")
     if not missing:
         return []
+    (folder / UNFINISHED).mkdir(exist_ok=True)
     damaged = fetch_all(folder, record, missing)
-    print(f"{folder}: {len(names) - len(damaged)} of {counted(len(names), 'shard')} whole", flush=True)
+    say(f"{folder}: {sum((folder / name).exists() for name in names)} of {counted(len(names), 'shard')} whole")
     return [str(error) for error in damaged]
+
+
+def complain(names: list[str], record: Record | None, num_shards: int | None) -> list[str]:
+    """What is missing among the shards with these names, and what should not be there."""
+    if record is None:
+        asked_for = [f"fineweb_train_{number:06d}.bin" for number in range(1, (num_shards or 0) + 1)]
+        foreign = []
+    else:
+        last = max((n for n, name in enumerate(record.first(None)) if name in names), default=0)
+        asked_for = record.first(None)[: last + 1] if num_shards is None else record.first(num_shards)
+        foreign = [f"{name}: not one of this commit's shards; move it away" for name in names if name not in record.files]
+    return foreign + [f"{name}: missing; fetch it: python data/cached_fineweb10B.py NUM_SHARDS" for name in asked_for if name not in names]
 
 
 def check(folder: Path, num_shards: int | None) -> list[str]:
     """Print what is in the folder and what it is good for; returns complaints, one a shard. ValueError."""
-    record = read_record(folder)
-    files: dict[str, HubFile | None] = {name: None for name in sorted(os.path.basename(path) for path in glob.glob(f"{folder}/fineweb_*.bin"))}
-    if not files:
+    record, names = read_record(folder), sorted(path.name for path in folder.glob("fineweb_*.bin"))
+    if not names:
         raise ValueError(f"{folder}: no shards; fetch them: python data/cached_fineweb10B.py NUM_SHARDS")
-    complaints = []
     if record is None:
-        print(f"{folder}: no {RECORD}, so that headers and samples of ids are checked, but no SHA-256")
+        say(f"{folder}: no {RECORD}, so that headers and samples of ids are checked, but no SHA-256")
     else:
-        print(f"{folder}: commit {record.commit} of {record.repository} ({record.revision})")
-        complaints = [f"{name}: not one of this commit's shards; move it away" for name in files if name not in record.files]
-        last = max((n for n, name in enumerate(record.first(None)) if name in files), default=0)
-        asked_for = record.first(None)[: last + 1] if num_shards is None else record.first(num_shards)
-        complaints += [f"{name}: missing; fetch it: python data/cached_fineweb10B.py NUM_SHARDS" for name in asked_for if name not in files]
-        files = {name: record.files.get(name) for name in files}
-    damage = look_at(folder, files)
+        say(f"{folder}: commit {record.commit} of {record.repository} ({record.revision})")
+    damage = look_at(folder, {name: record.files.get(name) if record else None for name in names})
+    complaints = complain(names, record, num_shards)
     complaints += [f"{name}: {what}; fetch it again: python data/cached_fineweb10B.py NUM_SHARDS" for name, what in damage.items() if what]
-    tokens = {name: len(open_shard(str(folder / name))) for name in sorted(damage) if not damage[name]}
+    tokens = {name: len(open_shard(str(folder / name))) for name in names if not damage[name]}
     train, val = ([n for name, n in tokens.items() if name.startswith(f"fineweb_{kind}_")] for kind in ("train", "val"))
     hp = Hyperparameters()
     steps = num_batches(train, hp.sequences_per_step * hp.train_seq_len)
-    print(f"training: {counted(len(train), 'shard')}, {sum(train):,} tokens, good for {counted(steps, 'step')} of the baseline")
-    print(f"validation: {counted(len(val), 'shard')}, {sum(val):,} tokens")
+    say(f"training: {counted(len(train), 'shard')}, {sum(train):,} tokens, good for {counted(steps, 'step')} of the baseline")
+    say(f"validation: {counted(len(val), 'shard')}, {sum(val):,} tokens")
     return complaints
 
 
@@ -472,6 +527,8 @@ def explain(error: Exception, folder: Path) -> str:
         return f"no answer from {hub.ENDPOINT} ({type(error).__name__}: {error}); check the network and HF_ENDPOINT, {go_on}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no space in {folder} ({error.strerror}); make room or ask for fewer shards, {go_on}"
+    if isinstance(error, ImportError):
+        return f"{error}; unset the proxy variables (ALL_PROXY, HTTPS_PROXY) or install what it names"
     return str(error)
 
 
@@ -482,6 +539,8 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit (default: the folder's, else main)")
     parser.add_argument("--check", action="store_true", help="fetch nothing; compare what is there and say what it is good for")
     options = parser.parse_args(arguments)
+    if options.check and options.revision is not None:
+        raise ValueError("--check compares with the revision that was fetched; leave --revision out")
     if options.num_shards is not None and options.num_shards < 0:
         raise ValueError(f"NUM_SHARDS is {options.num_shards}; use 0 (only the validation shard) or more")
     return options
@@ -489,10 +548,12 @@ def parse_command_line(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 2 where the user has something to mend, which has been printed; 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = parse_command_line(arguments)
         complaints = check(FOLDER, options.num_shards) if options.check else bring(FOLDER, options.num_shards, options.revision)
-    except (ValueError, HTTPError, OSError) as error:
+    except (ValueError, HTTPError, OSError, ImportError) as error:
         complaints = [" ".join(explain(error, FOLDER).split())]
     except KeyboardInterrupt:
         print("cached_fineweb10B.py: interrupted; start again: it goes on where it stopped", file=sys.stderr)
@@ -503,4 +564,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -200,6 +200,9 @@ def test_shards_that_are_made_anew_during_a_run_do_not_change_it(tmp_path, numbe
     (1, 99_999_998, 1),
     (2, 99_999_998, 2),
     (1, 99_999_999, None),  # a batch needs two tokens to spare
+    (19_570, 524_288, 103),
+    (19_571, 524_288, None),  # there are no more
+    (10**400, 524_288, None),
 ])
 def test_the_number_of_shards_that_a_config_needs(num_iterations, step_tokens, shards):
     assert train.fineweb_shards_needed(num_iterations, step_tokens) == shards
@@ -215,8 +218,8 @@ def test_a_config_without_its_shards_names_the_command_that_fetches_them(capsys,
     assert capsys.readouterr().err.endswith(f"; to fetch FineWeb: python data/cached_fineweb10B.py {shards}\n")
 
 
-@pytest.mark.parametrize("missing", ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"])
-def test_each_missing_shard_of_fineweb_is_one_to_fetch(small_config, capsys, monkeypatch, tmp_path, missing):
+@pytest.mark.parametrize("missing, number", [("fineweb_train_000001.bin", 1), ("fineweb_train_000002.bin", 2), ("fineweb_val_000000.bin", 1)])
+def test_each_missing_shard_of_fineweb_is_one_to_fetch(small_config, capsys, monkeypatch, tmp_path, missing, number):
     """Also the first of several, without which the stream would begin with the second."""
     monkeypatch.setattr(train, "FINEWEB_FOLDER", tmp_path)
     for name in ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_train_000003.bin", "fineweb_val_000000.bin"):
@@ -226,7 +229,7 @@ def test_each_missing_shard_of_fineweb_is_one_to_fetch(small_config, capsys, mon
     (tmp_path / missing).unlink()
     capsys.readouterr()
     assert train.main([str(config), "--check"]) == 2
-    assert capsys.readouterr().err.endswith("; to fetch FineWeb: python data/cached_fineweb10B.py 1\n")
+    assert capsys.readouterr().err.endswith(f"; to fetch FineWeb: python data/cached_fineweb10B.py {number}\n")
 
 
 @pytest.mark.parametrize("pattern, batches, complaint", [
@@ -243,3 +246,39 @@ def test_a_gap_in_what_a_run_reads_is_a_mistake(tmp_path, pattern, batches, comp
             check()
     else:
         check()
+
+
+@pytest.mark.parametrize("change, suggestion", [
+    (dict(train_files="elsewhere/*.bin"), None),
+    (dict(vocab_size=100), None),  # other data would not help
+    (dict(val_tokens=2048), None),  # there is one validation shard
+    (dict(num_iterations=19_571 * 524_288), None),
+    (dict(num_iterations=300), 1),  # by their number they would do: they are damaged
+])
+def test_only_what_fetching_mends_is_to_be_fetched(small_config, capsys, monkeypatch, tmp_path, change, suggestion):
+    monkeypatch.setattr(train, "FINEWEB_FOLDER", tmp_path)
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        write_shard(tmp_path / name, random_tokens(1_600, seed=1, vocab_size=256))
+    config = small_config(**dict(train_files=f"{tmp_path}/fineweb_train_*.bin", val_files=f"{tmp_path}/fineweb_val_*.bin", num_iterations=2) | change)
+    assert train.main([str(config), "--check"]) == 2
+    error = capsys.readouterr().err
+    assert ("to fetch FineWeb" in error) == (suggestion is not None) and (suggestion is None or error.endswith(f"cached_fineweb10B.py {suggestion}\n"))
+
+
+@pytest.mark.parametrize("train_elsewhere, number", [(False, 1), (True, 0)])
+def test_training_shards_that_are_not_used_are_not_to_be_fetched(small_config, small_data, capsys, monkeypatch, tmp_path, train_elsewhere, number):
+    monkeypatch.setattr(train, "FINEWEB_FOLDER", tmp_path)
+    write_shard(tmp_path / "fineweb_train_000001.bin", random_tokens(10_000, seed=1, vocab_size=256))
+    files = {} if train_elsewhere else dict(train_files=f"{tmp_path}/fineweb_train_*.bin")
+    assert train.main([str(small_config(val_files=f"{tmp_path}/fineweb_val_*.bin", **files)), "--check"]) == 2
+    assert capsys.readouterr().err.endswith(f"to fetch FineWeb: python data/cached_fineweb10B.py {number}\n")
+
+
+def test_a_damaged_shard_beyond_those_needed_is_to_be_fetched_too(small_config, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "FINEWEB_FOLDER", tmp_path)
+    for name in ("fineweb_train_000001.bin", "fineweb_train_000002.bin", "fineweb_val_000000.bin"):
+        write_shard(tmp_path / name, random_tokens(10_000, seed=1, vocab_size=256))
+    os.truncate(tmp_path / "fineweb_train_000002.bin", 5_000)
+    config = small_config(train_files=f"{tmp_path}/fineweb_train_*.bin", val_files=f"{tmp_path}/fineweb_val_*.bin")
+    assert train.main([str(config), "--check"]) == 2
+    assert capsys.readouterr().err.endswith("to fetch FineWeb: python data/cached_fineweb10B.py 2\n")
