@@ -46,7 +46,7 @@ INSTALL = "pip install -r logs/requirements.txt"
 # Reading
 
 RESULT = re.compile(
-    r"^step:(\d{1,12})/(\d{1,12})(?: val_loss:(\d+\.\d+|-?nan|-?inf))? train_time:(\d{1,15})ms step_avg:(\d+\.\d+|nan|inf)ms$",
+    r"^step:(\d{1,12})/(\d{1,12})(?: val_loss:(\d{1,12}\.\d{1,12}|-?nan|-?inf))? train_time:(\d{1,15})ms step_avg:(\d+\.\d+|nan|inf)ms$",
     re.MULTILINE | re.ASCII,
 )
 RULE = re.compile(r"^={100}$", re.MULTILINE)
@@ -106,7 +106,7 @@ class Run:
 
 def decode(data: bytes) -> str:
     """A log's text. Bytes that are no UTF-8 are replaced; NULs and carriage returns end a line: they can break one, never join two."""
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in data[:200]
     return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace").replace("\r", "\n").replace("\0", "\n")
 
 
@@ -252,7 +252,7 @@ class Configuration:
 
     @cached_property
     def finished(self) -> list[Run]:
-        """The runs that all figures are of: those that ended, with finite losses only."""
+        """The runs that all numbers are of: those that ended, with finite losses only."""
         return [run for run in self.runs if run.finished and run.diverged_at is None]
 
     @cached_property
@@ -269,13 +269,52 @@ class Configuration:
         """The mean curve of the finished runs; where none has finished, of those still going."""
         return self.stack.mean() if self.finished else Stack.of([run for run in self.running if run.validations]).mean()
 
+    def mean_loss(self, step: int) -> float | None:
+        """The mean curve's loss at a step, interpolated between validations; None where it does not reach or runs have validations nearer by."""
+        steps = self.curve.steps
+        if not len(steps) or not steps[0] <= step <= steps[-1]:
+            return None
+        low, high = steps[steps <= step][-1], steps[steps >= step][0]
+        return None if self.validates_between(low, high) else float(np.interp(step, steps, self.curve.losses))
+
     @cached_property
     def final_losses(self) -> np.ndarray:
         return np.array([run.validations[-1].val_loss for run in self.finished])
 
     @cached_property
+    def totals(self) -> list[int]:
+        """The lengths of the finished runs, each once."""
+        return sorted({run.num_iterations for run in self.finished})
+
+    @property
+    def tested_losses(self) -> np.ndarray:
+        """The final losses as a sample for tests; empty where runs differ in length, as theirs are no sample of one quantity."""
+        return self.final_losses if len(self.totals) == 1 else np.empty(0)
+
+    @property
+    def most_validations(self) -> int:
+        return max((len(run.validations) for run in self.finished), default=0)
+
+    @property
+    def shares_all(self) -> bool:
+        """Whether the mean curve has every validation of every finished run."""
+        return len(self.stack.steps) == self.most_validations
+
+    def validates_between(self, low: float, high: float) -> bool:
+        """Whether a finished run has a validation between these steps."""
+        return any(((run.curve.steps > low) & (run.curve.steps < high)).any() for run in self.finished)
+
+    def mean_crossing(self, curve: Curve) -> Crossing | None:
+        """Where a mean curve of the shared validations crosses; None also where a run validates between the two that enclose the crossing."""
+        found = crossing(curve, self.target)
+        if found is None:
+            return None
+        i = np.searchsorted(curve.steps, found.step)
+        return None if self.validates_between(curve.steps[i - 1] if i else -math.inf, curve.steps[i]) else found
+
+    @cached_property
     def crossing(self) -> Crossing | None:
-        return crossing(self.stack.mean(), self.target)
+        return self.mean_crossing(self.stack.mean())
 
     @cached_property
     def run_crossings(self) -> list[Crossing]:
@@ -288,10 +327,10 @@ class Configuration:
 
         The times at which runs cross alone would leave out the runs that do not, which are the worst ones. The pseudo-value
         (https://en.wikipedia.org/wiki/Jackknife_resampling) of a run is what its presence makes of the mean curve's time;
-        it is the run's own time where the curves are straight and parallel. Empty: without some run the mean curve does not cross.
+        it is the run's own time where the curves are straight and parallel. Empty: without some run there is no crossing.
         """
         n = len(self.finished)
-        others = [crossing(self.stack.without(run).mean(), self.target) for run in range(n)] if n > 1 else []
+        others = [self.mean_crossing(self.stack.without(run).mean()) for run in range(n)] if n > 1 else []
         if self.crossing is None or not all(others):
             return np.empty(0)
         return np.array([n * self.crossing.seconds - (n - 1) * other.seconds for other in others])
@@ -299,7 +338,7 @@ class Configuration:
     @property
     def step_avg_ms(self) -> float | None:
         """Step time over the whole run as the last validations state it, averaged over runs."""
-        stated = [run.validations[-1].step_avg_ms for run in self.finished or self.running if run.validations]
+        stated = [run.validations[-1].step_avg_ms for run in self.finished]
         return float(np.mean(stated)) if stated and all(map(math.isfinite, stated)) else None
 
     @property
@@ -348,17 +387,25 @@ def describe_runs(configuration: Configuration) -> list[str]:
             notes.append(f"{run.path}: goes back to step {run.went_back_to}; what it says of a step last counts")
         if run.diverged_at is not None:
             notes.append(f"{run.path}: validation loss is not finite at step {run.diverged_at}; left out of all figures")
-    totals = sorted({run.num_iterations for run in finished})
-    if len(totals) > 1:
-        notes.append(f"{name}: runs of {' and '.join(map(str, totals))} steps under one name; final losses are of each run's own last step")
-    most = max((len(run.validations) for run in finished), default=0)
-    if len(configuration.stack.steps) < most:
-        shared = len(configuration.stack.steps)
-        notes.append(f"{name}: runs validate at different steps; the mean curve has the {shared} of up to {most} that all share")
+    if len(configuration.totals) > 1:
+        notes.append(f"{name}: {lengths(configuration)} under one name; final losses are of each run's own last step and get no test")
+    if not configuration.shares_all:
+        notes.append(f"{name}: runs validate at different steps; {shared_validations(configuration)}")
     for i, run in enumerate(finished):
         if any(run.validations == other.validations for other in finished[:i]):
             notes.append(f"{run.path}: the same results as another run of {name}; a copy counted as a run makes tests too sure")
     return notes
+
+
+def lengths(configuration: Configuration) -> str:
+    return f"runs of {' and '.join(map(str, configuration.totals))} steps"
+
+
+def shared_validations(configuration: Configuration) -> str:
+    """What the mean curve rests on where runs validate at different steps."""
+    steps, most = configuration.stack.steps, configuration.most_validations
+    extent = f", the last at step {steps[-1]}" if len(steps) else ""
+    return f"its mean curve rests on the {len(steps)} validations that all share{extent}, of up to {most} a run"
 
 
 def choose_baseline(configurations: Sequence[Configuration], name: str | None) -> Configuration:
@@ -414,22 +461,22 @@ def varies(sample: np.ndarray) -> bool:
 
 
 def welch(sample: np.ndarray, reference: np.ndarray) -> Welch | None:
-    """Welch's t-test of mean(sample) - mean(reference); None where a sample has one number, neither varies, or scipy is missing."""
+    """Welch's t-test of mean(sample) - mean(reference); None where a sample has fewer than two numbers or does not vary, or scipy is missing."""
     stats = scipy_stats()
-    if stats is None or min(len(sample), len(reference)) < 2 or not (varies(sample) or varies(reference)):
+    if stats is None or not (varies(sample) and varies(reference)):
         return None
     test = stats.ttest_ind(sample, reference, equal_var=False)
     interval = test.confidence_interval(1 - LEVEL)
     return Welch(float(test.pvalue), float(interval.low), float(interval.high))
 
 
-def t_test(losses: np.ndarray, target: float) -> TTest:
+def t_test(configuration: Configuration) -> TTest:
     """One-sided t-test of final losses against the target."""
+    losses, stats = configuration.final_losses, scipy_stats()
     mean = float(losses.mean()) if len(losses) else None
-    stats = scipy_stats()
-    if stats is None or not varies(losses):
+    if stats is None or not varies(configuration.tested_losses):
         return TTest(len(losses), mean, deviation(losses), None, None, None)
-    test = stats.ttest_1samp(losses, target, alternative="less")
+    test = stats.ttest_1samp(losses, configuration.target, alternative="less")
     return TTest(len(losses), mean, deviation(losses), float(test.statistic), float(test.pvalue), float(test.confidence_interval(1 - LEVEL).high))
 
 
@@ -507,7 +554,7 @@ def corrected(tests: Sequence[Welch | None]) -> list[float | None]:
 def compare(configurations: Sequence[Configuration], baseline: Configuration) -> list[Comparison]:
     """Every configuration but the baseline against it."""
     others = [configuration for configuration in configurations if configuration is not baseline]
-    loss = [welch(other.final_losses, baseline.final_losses) for other in others]
+    loss = [welch(other.tested_losses, baseline.tested_losses) for other in others]
     time = [welch(other.times_to_target, baseline.times_to_target) for other in others]
     return [Comparison(other, baseline, *tests) for other, *tests in zip(others, loss, time, corrected(loss), corrected(time))]
 
@@ -579,7 +626,7 @@ def difference_row(comparison: Comparison) -> Row:
 
 def record_row(configuration: Configuration) -> Row:
     """Is the target met? The record rule."""
-    test = t_test(configuration.final_losses, configuration.target)
+    test = t_test(configuration)
     return {
         "configuration": configuration.name,
         "n": str(test.n),
@@ -607,12 +654,13 @@ def unfinished_row(configuration: Configuration, run: Run, baseline: Configurati
     row = {"run": f"{configuration.name}: {run.path.name}", "last step": f"{run.last.step} of {run.num_iterations}"}
     if not run.validations:
         return row | dict.fromkeys(("validated at", "loss", "less the baseline's there", "whose runs deviate by"), "n/a")
-    step, loss, curve, stack = run.validations[-1].step, run.validations[-1].val_loss, baseline.curve, baseline.stack
-    comparable = math.isfinite(loss) and len(curve.steps) and curve.steps[0] <= step <= curve.steps[-1]
+    step, loss, stack = run.validations[-1].step, run.validations[-1].val_loss, baseline.stack
+    itself = configuration is baseline and not baseline.finished
+    theirs = None if itself or not math.isfinite(loss) else baseline.mean_loss(step)
     return row | {
         "validated at": str(step),
         "loss": f"{loss:.6f}",
-        "less the baseline's there": number(loss - np.interp(step, curve.steps, curve.losses) if comparable else None, "+.6f"),
+        "less the baseline's there": number(None if theirs is None else loss - theirs, "+.6f"),
         "whose runs deviate by": number(deviation(stack.losses[:, stack.steps == step].ravel()), ".6f"),
     }
 
@@ -629,17 +677,19 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def why_untested(configuration: Configuration, of_time: bool) -> str | None:
+    """Why a configuration's runs allow no test; None: they do."""
+    name, sample = configuration.name, configuration.times_to_target if of_time else configuration.tested_losses
+    if len(configuration.finished) < 2:
+        return f"{name} has one run"
+    if not len(sample):
+        return f"without one of its runs the mean curve of {name} gives no crossing" if of_time else f"{name} has {lengths(configuration)}"
+    return None if varies(sample) else f"the runs of {name} do not differ"
+
+
 def why_no_test(configuration: Configuration, baseline: Configuration, of_time: bool) -> str:
     """Why there is no test of a difference that is known."""
-    for each in (configuration, baseline):
-        if len(each.finished) < 2:
-            return f"{each.name} has one run"
-    if scipy_stats() is None:
-        return "scipy is not installed"
-    for each in (configuration, baseline):
-        if of_time and not len(each.times_to_target):
-            return f"without one of its runs the mean curve of {each.name} does not reach the target"
-    return "the runs of a configuration do not differ"
+    return why_untested(configuration, of_time) or why_untested(baseline, of_time) or "scipy is not installed"
 
 
 def is_real(p: float | None, comparison: Comparison, of_time: bool) -> str:
@@ -649,50 +699,63 @@ def is_real(p: float | None, comparison: Comparison, of_time: bool) -> str:
     return f"real at {LEVEL:.0%}: {'yes' if p < LEVEL else 'not shown'} (p {probability(p)} after Holm)"
 
 
+def no_crossing(configuration: Configuration) -> str:
+    if configuration.shares_all:
+        return f"the mean curve of {configuration.name} does not reach {configuration.target:g}"
+    return f"where the mean curve of {configuration.name} reaches {configuration.target:g}, its runs' shared validations do not tell"
+
+
 def time_verdict(comparison: Comparison) -> str:
     """Which of the two reaches the target sooner."""
     mine, theirs = comparison.configuration, comparison.baseline
-    if not mine.crossing:
-        return f"the mean curve does not reach {mine.target:g}" + ("" if theirs.crossing else f", nor does that of {theirs.name}")
-    if not theirs.crossing:
-        return f"reaches {mine.target:g} after {mine.crossing.seconds:.1f} s, which the mean curve of {theirs.name} does not"
+    missing = [c for c in (mine, theirs) if not c.crossing]
+    if missing:
+        reached = "" if mine in missing else f"reaches {mine.target:g} after {mine.crossing.seconds:.1f} s; "
+        return reached + "; ".join(map(no_crossing, missing))
     delta, test = comparison.delta_time, comparison.time
     interval = f" [95%: {test.low:+.1f} to {test.high:+.1f} s]" if test else ""
-    difference = f"{abs(delta):.1f} s {'sooner' if delta < 0 else 'later'}"
-    return f"reaches {mine.target:g} {difference} than {theirs.name}{interval}; {is_real(comparison.time_p_holm, comparison, of_time=True)}"
+    difference = f"{abs(delta):.1f} s {'sooner' if delta < 0 else 'later'} than" if round(delta, 1) else "at the same time (to 0.1 s) as"
+    return f"reaches {mine.target:g} {difference} {theirs.name}{interval}; {is_real(comparison.time_p_holm, comparison, of_time=True)}"
 
 
 def loss_verdict(comparison: Comparison) -> str:
     delta, test = comparison.delta_loss, comparison.loss
-    if not delta:
+    if not round(delta, 6):
         return "final loss the same"
     interval = f" [95%: {test.low:+.6f} to {test.high:+.6f}]" if test else ""
     return f"final loss {abs(delta):.6f} {'lower' if delta < 0 else 'higher'}{interval}; {is_real(comparison.loss_p_holm, comparison, of_time=False)}"
 
 
+def hedge(p: float | None) -> str:
+    return "" if p is not None and p < LEVEL else "if real, "
+
+
 def pay_verdict(comparison: Comparison) -> str:
     """How much of the difference in time comes from the number of steps (at the baseline's step time), how much from the step time."""
-    certain = comparison.time_p_holm is not None and comparison.time_p_holm < LEVEL
     mine, theirs = comparison.configuration, comparison.baseline
     steps, ms = mine.crossing.step - theirs.crossing.step, mine.ms_to_target - theirs.ms_to_target
-    even = mine.break_even_ms(theirs)
+    even = f"{mine.break_even_ms(theirs):.2f} ms a step"
     from_steps, from_step_time = steps * theirs.ms_to_target / 1000, ms * mine.crossing.step / 1000
     parts = f"{steps:+z.1f} steps make {from_steps:+z.1f} s, {ms:+z.2f} ms a step make {from_step_time:+z.1f} s"
-    if mine.ms_to_target < even:
-        return f"{parts}; {'' if certain else 'if real, '}it pays, up to {even:.2f} ms a step"
+    if comparison.delta_time < 0:
+        return f"{parts}; {hedge(comparison.time_p_holm)}it pays, up to {even}"
+    pays_not = f"{parts}; {hedge(comparison.time_p_holm)}it does not pay"
     if steps < 0:
-        return f"{parts}; {'' if certain else 'if real, '}it learns more a step and would pay below {even:.2f} ms a step"
-    return f"{parts}; it does not pay, and learns no more a step"
+        more = hedge(comparison.loss_p_holm if comparison.delta_loss < 0 else None)
+        return f"{pays_not}; {more}it learns more a step and would pay below {even}"
+    return f"{pays_not}; it takes no fewer steps"
 
 
 def verdict(comparison: Comparison) -> str:
     """The three answers for a configuration, in words, a line each."""
-    lines = [time_verdict(comparison)] if comparison.configuration.finished and comparison.baseline.finished else []
+    mine, theirs = comparison.configuration, comparison.baseline
+    reservations = [f"{c.name}: {shared_validations(c)}" for c in (mine, theirs) if not c.shares_all]
+    answers = [time_verdict(comparison)] if mine.finished and theirs.finished else []
     if comparison.delta_loss is not None:
-        lines.append(loss_verdict(comparison))
-    if comparison.configuration.ms_to_target and comparison.baseline.ms_to_target:
-        lines.append(pay_verdict(comparison))
-    return "\n".join([comparison.configuration.name, *(f"  {line}" for line in lines or ["no finished runs to compare"])])
+        answers.append(loss_verdict(comparison))
+    if mine.ms_to_target and theirs.ms_to_target:
+        answers.append(pay_verdict(comparison))
+    return "\n".join([mine.name, *(f"  {line}" for line in reservations + (answers or ["no finished runs to compare"]))])
 
 
 def footnotes(configurations: Sequence[Configuration], comparisons: Sequence[Comparison]) -> list[str]:
@@ -720,7 +783,7 @@ def footnotes(configurations: Sequence[Configuration], comparisons: Sequence[Com
 def power_note(configurations: Sequence[Configuration], delta: float) -> str:
     """The answer to --power."""
     question = f"To detect a difference of {delta:g} in final loss (two-sided {LEVEL:.0%}, power {POWER})"
-    spread, freedom = pooled_deviation(c.final_losses for c in configurations)
+    spread, freedom = pooled_deviation(c.tested_losses for c in configurations)
     if not freedom or not spread:
         return f"{question}: cannot say, no configuration has runs that differ."
     if scipy_stats() is None:
@@ -744,7 +807,7 @@ def report(configurations: Sequence[Configuration], baseline: Configuration, del
         "Is it real? (against the baseline)\n" + text_table([difference_row(c) for c in comparisons]) if comparisons else "",
         "Is the target met? (one-sided t-test of final losses)\n" + text_table([record_row(c) for c in configurations]),
         "Does it pay? (break-even: the step time at which it ties with the baseline)\n" + text_table([pay_row(c, baseline) for c in configurations]),
-        "In no figure above: still going, stopped or diverged\n" + text_table(unfinished) if unfinished else "",
+        "In no number above: still going, stopped or diverged\n" + text_table(unfinished) if unfinished else "",
         "\n".join(map(verdict, comparisons)),
         "\n".join([*footnotes(configurations, comparisons), *([power_note(configurations, delta)] if delta else [])]),
     ]
@@ -783,7 +846,7 @@ def as_dict(configuration: Configuration, comparison: Comparison | None, baselin
         "time_to_target": found and found.seconds,
         "step_avg_ms": configuration.step_avg_ms,
         "break_even_step_ms": configuration.break_even_ms(baseline),
-        "t_test": t_test(losses, configuration.target)._asdict(),
+        "t_test": t_test(configuration)._asdict(),
         "delta_loss": comparison and comparison.delta_loss,
         "delta_time": comparison and comparison.delta_time,
         "welch_p": comparison and comparison.loss and comparison.loss.p,
@@ -813,11 +876,14 @@ def as_csv(configurations: Sequence[Configuration]) -> str:
 
 FORMATS = {".png", ".svg", ".pdf"}
 AXES = {"step": "step", "time": "training time (s)"}
-# Okabe and Ito's palette for all kinds of colour vision (https://jfly.uni-koeln.de/color/), less its yellow, which print loses;
-# black is the baseline's. Five dashes times six marks tell 30 curves apart in grey, and seven colours share no factor with 30.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"]
+# Okabe and Ito's palette for all kinds of colour vision (https://jfly.uni-koeln.de/color/), less its yellow, which print loses,
+# and Paul Tol's wine (https://personal.sron.nl/~pault/); black is the baseline's, and so is grey, its band. Five dashes times six
+# marks tell 30 curves apart in grey, and seven colours share no factor with 30.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255"]
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (4, 1.5, 1, 1.5, 1, 1.5))]
 MARKERS = ["", "o", "^", "s", "D", "v"]
+NEAR = 0.05  # nats above the target, where a figure begins by itself
+LEGEND_ROWS = 32
 
 
 class Window(NamedTuple):
@@ -872,30 +938,33 @@ def figure_class() -> type:
         raise ValueError(f"--plot needs matplotlib: {INSTALL}") from None
 
 
-def choose_window(configurations: Sequence[Configuration], axis: str, low: float | None, high: float | None) -> Window:
-    """The window with the bounds that the user gave; without, from the first validation after step 0 to the last of all.
+def opening(configurations: Sequence[Configuration], baseline: Configuration, axis: str) -> float:
+    """Where a figure begins: the baseline comes near the target there, or a curve ends before it does.
 
-    The loss at step 0 would press all others flat.
+    Losses at the first steps would press all others flat. Without a baseline that comes near: the first validation after step 0.
     """
     curves = [c.curve for c in configurations if len(c.curve.steps)]
+    near = x_of(baseline.curve, axis)[baseline.curve.losses <= baseline.target + NEAR]
+    if len(near):
+        return min(float(near[0]), *(float(x_of(curve, axis)[-1]) for curve in curves if curve.steps[-1] > 0))
+    return min((float(x_of(curve, axis)[curve.steps > 0][0]) for curve in curves if curve.steps.any()), default=0.0)
+
+
+def choose_window(configurations: Sequence[Configuration], baseline: Configuration, axis: str, low: float | None, high: float | None) -> Window:
+    """The window with the bounds that the user gave; without, from the opening to the last validation of all."""
     if low is None:
-        low = min((float(x_of(curve, axis)[curve.steps > 0][0]) for curve in curves if curve.steps.any()), default=0.0)
+        low = opening(configurations, baseline, axis)
     if high is None:
-        high = max((float(x_of(curve, axis)[-1]) for curve in curves), default=low)
+        high = max((float(x_of(c.curve, axis)[-1]) for c in configurations if len(c.curve.steps)), default=low)
         high = low + 1 if high == low else high
     return Window(low, high)
 
 
 def add_legend(axes: Any, handles: list, labels: list[str]) -> None:
-    """A legend in the corner that falling curves leave free; one that is too large for it beside the axes, for which the figure grows."""
-    place = {"loc": "upper right", "fontsize": 8}
-    longest = max(map(len, labels))
-    if len(labels) > 9 or longest > 45:
-        size, columns = (8, 1) if len(labels) <= 24 else (6, math.ceil(len(labels) / 32))
-        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "fontsize": size, "ncols": columns}
-        width, height = axes.figure.get_size_inches()
-        axes.figure.set_size_inches(width + columns * size * (0.07 + 0.009 * longest), height)  # inches: size is in points, 72 to the inch
-    legend = axes.legend(handles, [""] * len(labels), title="final loss; band: lowest to highest run", title_fontsize=8, handlelength=4, **place)
+    """A legend beside the axes, for which the saved figure grows."""
+    title = "final loss; band: lowest to highest run" if axes.collections else "final loss"
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "ncols": math.ceil(len(labels) / LEGEND_ROWS)}
+    legend = axes.legend(handles, [""] * len(labels), title=title, title_fontsize=8, fontsize=8, handlelength=4, **place)
     for text, words in zip(legend.get_texts(), labels):  # only so are names with $ or a leading _ taken as they are
         text.set_parse_math(False)
         text.set_text(words)
@@ -923,7 +992,7 @@ def plot(configurations: Sequence[Configuration], baseline: Configuration, file:
     shown.sort(key=lambda c: c.final_losses.mean() if c.finished else math.inf)
     styles = {c.name: style(i) for i, c in enumerate(c for c in configurations if c is not baseline)}
     styles[baseline.name] = {"color": "black", "linestyle": "-", "linewidth": 1.8}
-    figure = figure_class()(figsize=(7.5, 4.8), dpi=200, layout="constrained")
+    figure = figure_class()(figsize=(6.5, 4.8), dpi=200)
     axes = figure.subplots()
     handles, curves = [], []
     for c in shown:
@@ -937,9 +1006,7 @@ def plot(configurations: Sequence[Configuration], baseline: Configuration, file:
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     add_legend(axes, handles, [*map(label, shown), f"target {baseline.target:g}"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that the font lacks is a box in the legend
-        figure.savefig(file)
+    figure.savefig(file, bbox_inches="tight")
 
 
 # -----------------------------------------------------------------------------
@@ -974,7 +1041,7 @@ def make_parser() -> Parser:
     output.add_argument("--markdown", action="store_true", help="one table for a record submission")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"write a figure of the mean curves: {', '.join(sorted(FORMATS))}")
     parser.add_argument("--x", choices=list(AXES), help="its x axis: step (default), or training time in seconds")
-    parser.add_argument("--from", type=finite, dest="low", metavar="X", help="show it from this step or second on")
+    parser.add_argument("--from", type=finite, dest="low", metavar="X", help="show it from this step or second on (default: where the baseline nears the target)")
     parser.add_argument("--to", type=finite, dest="high", metavar="X", help="and up to this one")
     return parser
 
@@ -1005,7 +1072,7 @@ def run(arguments: Sequence[str]) -> str | None:
     baseline = choose_baseline(configurations, options.baseline)
     if options.plot is not None:
         axis = options.x or "step"
-        plot(configurations, baseline, options.plot, axis, choose_window(configurations, axis, options.low, options.high))
+        plot(configurations, baseline, options.plot, axis, choose_window(configurations, baseline, axis, options.low, options.high))
     if options.json:
         return as_json(configurations, baseline)
     if options.csv:
@@ -1023,7 +1090,8 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names can be of any bytes, terminals of any encoding
     try:
-        text = run(arguments)
+        with warnings.catch_warnings(action="ignore"):  # of numpy and others, as of a letter that the figure's font lacks
+            text = run(arguments)
         if text is None:
             return 2
         print(text, flush=True)

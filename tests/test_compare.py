@@ -115,9 +115,10 @@ def test_a_log_cut_off_in_its_header_has_no_results(tmp_path, text):
     results([5.0, 4.0]).encode("utf-16"),
     b"\0\0\0" + results([5.0, 4.0]).encode() + b"\0" * 4096,
     b"\xff\xfe\x80 odd\n".join([b"", b"\x80\n" + results([5.0, 4.0]).encode()])[3:],
+    b"\xff\xfe odd\n" + results([5.0, 4.0]).encode(),
     results([5.0, 4.0]).encode().rstrip(b"\n"),
     "\u2028\ufeff\n".encode() + results([5.0, 4.0]).encode(),
-], ids=["CRLF", "BOM", "UTF-16", "NUL", "bad UTF-8", "no newline at the end", "odd characters"])
+], ids=["CRLF", "BOM", "UTF-16", "NUL", "bad UTF-8", "half a BOM", "no newline at the end", "odd characters"])
 def test_accidents_of_encoding(tmp_path, data):
     assert losses_of(write(tmp_path / "a.txt", data)) == [5.0, 4.0]
 
@@ -274,6 +275,54 @@ def test_runs_of_one_name_that_differ_are_compared_on_what_they_share(tmp_path, 
     assert any(said in note for note in notes) and all("c: " in note for note in notes)
 
 
+def test_final_losses_of_runs_of_different_length_get_no_test(two, capsys):
+    write(two / "better" / "3.txt", results([10.0, 4.0, 3.0, 2.885]))
+    found = as_json(capsys, two)["better"]
+    assert (found["welch_p"], found["t_test"]["p"], found["t_test"]["n"]) == (None, None, 4)
+    assert re.search(r"final loss .*cannot say, better has runs of 30 and 40 steps", run(capsys, two)[1])
+
+
+FINE, COARSE = results([9.0, 4.0, 3.0, 2.95, 2.9], every=5), results([9.0, 3.1, 2.91])  # share 0, 10 and 20; FINE crosses behind 15
+
+
+def test_a_crossing_that_a_run_sees_more_of_than_the_mean_curve_is_not_given(tmp_path, capsys):
+    write(tmp_path / "c" / "0.txt", FINE)
+    write(tmp_path / "c" / "1.txt", COARSE)
+    found = as_json(capsys, tmp_path)["c"]
+    assert found["steps_to_target"] is None and found["time_to_target"] is None
+
+
+def test_a_crossing_between_validations_that_no_run_divides_is_given(tmp_path, capsys):
+    write(tmp_path / "c" / "0.txt", COARSE)
+    start, rest = COARSE.split("\n", 1)
+    write(tmp_path / "c" / "1.txt", f"{start}\n{train.val_line(5, 20, 4.0, 500)}\n{rest}")
+    assert as_json(capsys, tmp_path)["c"]["steps_to_target"] == pytest.approx(10 + 10 * 0.18 / 0.19)
+
+
+def test_single_runs_cross_where_their_own_validations_say(tmp_path):
+    write(tmp_path / "c" / "0.txt", FINE)
+    write(tmp_path / "c" / "1.txt", COARSE)
+    (configuration,), _ = compare.read_configurations([tmp_path], 2.92)
+    assert [crossing.step for crossing in configuration.run_crossings] == pytest.approx([15 + 5 * 0.03 / 0.05, 10 + 10 * 0.18 / 0.19])
+
+
+@pytest.mark.parametrize("logs,shared", [
+    ([FINE, COARSE], "3 validations that all share, the last at step 20, of up to 5 a run"),
+    ([COARSE, results([9.0, 2.91])], "2 validations that all share, the last at step 10, of up to 3 a run"),
+])
+def test_the_verdict_and_a_note_say_what_a_mean_curve_rests_on(two, capsys, logs, shared):
+    for i, log in enumerate(logs):
+        write(two / "c" / f"{i}.txt", log)
+    _, out, errors = run(capsys, two)
+    assert f"  c: its mean curve rests on the {shared}" in out and any(shared in error for error in errors)
+
+
+def test_a_mean_curve_that_misses_a_crossing_is_not_said_to_stay_above_the_target(two, capsys):
+    write(two / "c" / "0.txt", FINE)
+    write(two / "c" / "1.txt", COARSE)
+    assert "where the mean curve of c reaches 2.92, its runs' shared validations do not tell" in run(capsys, two)[1]
+
+
 def test_configurations_of_different_length_are_compared_with_a_note(tmp_path, capsys):
     write_runs(tmp_path / "a", [[9.0, 3.0, 2.9]])
     write_runs(tmp_path / "b", [[9.0, 2.9]])
@@ -339,6 +388,19 @@ def test_runs_that_do_not_differ_have_no_p(tmp_path, capsys):
         write_runs(tmp_path / name, [[9.0, 3.0, loss]] * 3)
     found = as_json(capsys, tmp_path)["b"]
     assert found["welch_p"] is None and found["t_test"]["p"] is None and found["final_loss_std"] == 0
+
+
+def test_a_baseline_whose_runs_do_not_differ_gives_no_p(two, capsys):
+    for log in (two / "baseline").iterdir():
+        write(log, results([10.0, 4.0, 3.2, 2.95, 2.91]))
+    assert as_json(capsys, two)["better"]["welch_p"] is None
+    assert run(capsys, two)[1].count("cannot say, the runs of baseline do not differ") == 2
+
+
+def test_a_library_s_warnings_are_not_printed(two):
+    write_runs(two / "名", [[9.0, 3.0, 2.9]])  # which matplotlib's font lacks
+    process = subprocess.run([sys.executable, compare.__file__, two, "--plot", two / "a.png"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert (process.stderr, process.returncode) == (b"", 0)
 
 
 def test_a_copied_log_is_noticed(tmp_path, capsys):
@@ -426,6 +488,25 @@ def test_the_verdict_says_whether_it_pays(two, capsys, ms, words):
     assert words in run(capsys, two)[1]
 
 
+@pytest.mark.parametrize("new,ms,words", [
+    ([[3.2, 2.93, 2.888], [3.2, 2.93, 2.889], [3.2, 2.93, 2.8885]], 150, "; it does not pay; it learns more a step"),
+    ([[3.2, 2.9499, 2.909], [3.2, 2.949, 2.911], [3.2, 2.9499, 2.9102]], 150, "; it does not pay; if real, it learns more a step"),
+    ([[3.2, 2.91, 2.916], [3.2, 2.911, 2.917], [3.2, 2.91, 2.9165]], 150, "; it does not pay; if real, it learns more a step"),
+    ([[3.2, 2.951, 2.911], [3.2, 2.951, 2.913], [3.2, 2.951, 2.9105]], 150, "; it does not pay; it takes no fewer steps"),
+    ([[3.2, 2.951, 2.911]], 150, "; if real, it does not pay; it takes no fewer steps"),
+    ([[3.2, 2.93, 2.888]], 150, "; if real, it does not pay; if real, it learns more a step"),
+    ([[3.2, 2.93, 2.888]], 100, "; if real, it pays, up to"),
+], ids=["both shown", "loss not shown", "loss is higher", "more steps", "more steps of one run", "one run", "one run that pays"])
+def test_the_verdict_says_if_real_of_what_is_not_shown(two, capsys, new, ms, words):
+    write_runs(two / "new", [[10.0, 4.0, *losses] for losses in new], ms=ms)
+    assert words in run(capsys, two / "baseline", two / "new")[1]
+
+
+def test_the_same_runs_reach_the_target_at_the_same_time(two, capsys):
+    (two / "same").symlink_to(two / "baseline")
+    assert "reaches 2.92 at the same time (to 0.1 s) as baseline" in run(capsys, two)[1]
+
+
 def test_the_two_parts_of_the_difference_in_time_add_up(two, capsys):
     _, out, _ = run(capsys, two)
     from_steps, from_step_time = map(float, re.search(r"steps make (\S+) s, \S+ ms a step make (\S+) s", out).groups())
@@ -450,6 +531,25 @@ def test_between_validations_of_the_baseline_its_curve_is_interpolated(tmp_path,
     write_runs(tmp_path / "baseline", [[5.0, 4.0, 3.0]])
     write(tmp_path / "new" / "0.txt", results([5.0, 4.6], every=5, total=20))
     assert "+0.100000" in run(capsys, tmp_path)[1]
+
+
+def test_a_running_run_is_in_no_number_of_the_tables(two, capsys):
+    write(two / "new" / "0.txt", results([10.0, 4.5, 3.3], total=40))
+    assert as_json(capsys, two)["new"]["step_avg_ms"] is None
+
+
+def test_a_running_baseline_is_not_held_against_itself(tmp_path, capsys):
+    write(tmp_path / "baseline" / "0.txt", results([10.0, 4.5, 3.3], total=40))
+    write(tmp_path / "new" / "0.txt", results([10.0, 4.6], total=40))
+    _, out, _ = run(capsys, tmp_path)
+    assert "+0.000000" not in out and "+0.100000" in out
+
+
+def test_a_running_run_is_not_held_against_a_line_past_the_baseline_s_validations(tmp_path, capsys):
+    write(tmp_path / "baseline" / "0.txt", FINE)
+    write(tmp_path / "baseline" / "1.txt", COARSE)
+    write(tmp_path / "new" / "0.txt", results([9.0, 4.5], every=7, total=20))
+    assert re.search(r"new: 0.txt .* 4\.500000 +n/a", run(capsys, tmp_path)[1])
 
 
 def test_a_run_without_its_last_validation_is_no_result(tmp_path, capsys):
@@ -545,9 +645,17 @@ def test_the_axes_fit_what_the_window_shows(two, capsys, drawn):
     assert 2.85 < low < 2.8885 and 3.077 < high < 3.1  # better's lowest run at step 40, baseline's highest at step 25
 
 
-def test_without_a_window_the_untrained_model_is_not_shown(two, capsys, drawn):
-    run(capsys, two, "--plot", two / "a.png")
-    assert drawn[0].get_xlim() == (10, 40)
+@pytest.mark.parametrize("target,low", [("2.92", 30), ("3.16", 20), ("2.5", 10)])
+def test_without_a_window_a_figure_begins_where_the_baseline_is_near_the_target(two, capsys, drawn, target, low):
+    """And behind step 0 where it never is."""
+    run(capsys, two, "--plot", two / "a.png", "--target", target)
+    assert drawn[0].get_xlim() == (low, 40)
+
+
+@pytest.mark.parametrize("paths,band", [(["baseline"], True), (["baseline/0.txt"], False)])
+def test_the_legend_explains_a_band_that_is_there(two, capsys, drawn, paths, band):
+    run(capsys, *(two / path for path in paths), "--plot", two / "a.png")
+    assert ("band" in drawn[0].get_legend().get_title().get_text()) == band
 
 
 def test_a_target_far_below_the_window_does_not_flatten_it(two, capsys, drawn):
