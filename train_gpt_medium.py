@@ -993,9 +993,14 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def unfinished_path(path: Path) -> Path:
+    """Where a checkpoint is written before it is renamed; a crash can leave it."""
+    return path.with_name(path.name + ".unfinished")
+
+
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """A file under this name is always whole and on the disk: it is written under another one and renamed. OSError: it cannot be written."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = unfinished_path(path)
     try:
         with open(unfinished, "wb") as file:
             torch.save(checkpoint, file)
@@ -1037,6 +1042,8 @@ def read_interrupted(path: Path, hp: Hyperparameters, code: str) -> dict[str, An
     if changed := [name for name in mine if name not in MAY_CHANGE and mine[name] != theirs.get(name)]:
         was = ", ".join(f"{name} = {json.dumps(theirs.get(name))}" for name in changed)
         raise ValueError(f"{path}: the run began with another configuration; set {was} again, or {fix}")
+    if checkpoint["device"] != (here := "cuda" if torch.cuda.is_available() else "cpu"):
+        raise ValueError(f"{path}: the run began on {checkpoint['device']} and this is {here}, whose weights have another form; go on there, or {fix}")
     if checkpoint["code"] != code:
         raise ValueError(f"{path}: the run began with another text of the program, which its log begins with; put that back, or {fix}")
     if checkpoint["next_batch"] != (found := batch_place(hp, resume.step)):
@@ -1388,10 +1395,11 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+def set_random_state(kind: str, state: Tensor, device: torch.device) -> None:
+    if kind == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 class Trainer:
@@ -1477,7 +1485,6 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-
     def named_states(self) -> Iterator[tuple[str, dict[str, Tensor | None], int | None]]:
         """(parameter's name, its optimizer's state, the rank that has it, None: all ranks) for each parameter.
 
@@ -1526,8 +1533,11 @@ class Trainer:
                 if is_first:
                     tensor.copy_(checkpoint["optimizer_states"][name][key])
                 dist.broadcast(as_bytes(tensor), 0)
-        if is_first:
-            set_random_states(checkpoint["random_states"], self.device)
+        states = checkpoint["random_states"] if is_first else random_states(self.device)
+        for kind, state in states.items():
+            state = state.to(self.device)
+            dist.broadcast(state, 0)
+            set_random_state(kind, state.cpu(), self.device)
         checkpoint.clear()  # its memory map would keep the file from being freed
 
 
@@ -1550,6 +1560,7 @@ class Checkpoints:
         self.trainer, self.log, self.code = trainer, log, code
         self.path = None if log.path is None else log.path.with_suffix(".ckpt")
         self.writer: threading.Thread | None = None
+        self.written_step: int | None = None  # of the file that is there
 
     def is_due(self, step: int) -> bool:
         every = self.trainer.hp.checkpoint_every
@@ -1564,7 +1575,7 @@ class Checkpoints:
         checkpoint = self.trainer.collect(with_optimizers)
         if self.path is not None:
             resume = Resume(step, train_time_ms, self.log.size(), self.trainer.ranks.world_size, with_optimizers)
-            checkpoint |= dict(step=step, code=self.code, resume=tuple(resume), configuration=json.dumps(asdict(hp)), next_batch=batch_place(hp, step))
+            checkpoint |= dict(step=step, code=self.code, device=self.trainer.device.type, resume=tuple(resume), configuration=json.dumps(asdict(hp)), next_batch=batch_place(hp, step))
             self.writer = threading.Thread(target=self.write, args=(checkpoint,))
             self.writer.start()
 
@@ -1573,6 +1584,7 @@ class Checkpoints:
         try:
             os.fsync(self.log.file.fileno())
             write_checkpoint(self.path, checkpoint)
+            self.written_step = checkpoint["step"]
         except OSError as error:
             self.log.line(f"no checkpoint of step {checkpoint['step']}: {error}; the one before it stays, if there is one")
 
@@ -1586,6 +1598,7 @@ class Checkpoints:
         self.wait()
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+            unfinished_path(self.path).unlink(missing_ok=True)
 
 
 def train(trainer: Trainer, log: RunLog, checkpoints: Checkpoints, start: Resume | None = None) -> float:
@@ -1845,10 +1858,13 @@ def run(hp: Hyperparameters, ranks: Ranks, store: dist.Store, claim: Claim, star
         if start is not None:
             trainer.restore(claim.checkpoint or {}, start.with_optimizers)
         checkpoints = Checkpoints(trainer, log, code)
-        train_time_ms = train(trainer, log, checkpoints, start)
-        if hp.save_checkpoint:
-            checkpoints.save(hp.num_iterations, train_time_ms, with_optimizers=False)
-            checkpoints.wait()
+        try:
+            train_time_ms = train(trainer, log, checkpoints, start)
+            if hp.save_checkpoint:
+                checkpoints.save(hp.num_iterations, train_time_ms, with_optimizers=False)
+        finally:
+            checkpoints.wait()  # also where the run fails: what was good is not lost
+        if hp.save_checkpoint and checkpoints.written_step == hp.num_iterations:
             log.line(f"checkpoint: {checkpoints.path}")
         log.line(peak_memory(trainer.device))
         if not hp.save_checkpoint:
