@@ -73,6 +73,21 @@ while [[ -n ${1-} && $1 != -* ]]; do
     configs+=("$config")
     shift
 done
+run_ids=($(seq 0 $((runs - 1))))
+options=()
+while [ $# != 0 ]; do
+    case $1 in
+    --run_id | --run_id=*)
+        [ "$runs" = 1 ] || fail "-n and --run_id exclude each other; leave one out"
+        [[ $1 == *=* ]] || { [ $# != 1 ] && shift; } || fail "--run_id takes a number from 0 to 999"
+        run_ids=("${1#--run_id=}")
+        ;;
+    *) options+=("$1") ;;
+    esac
+    shift
+done
+set -- ${options[@]+"${options[@]}"}
+[[ ${run_ids[0]} =~ ^[0-9]{1,3}$ ]] || fail "run_id: '${run_ids[0]}' is no number from 0 to 999"
 cd "$here"
 find_python "torch numpy huggingface_hub tqdm" requirements.txt
 
@@ -124,17 +139,8 @@ folders=()
 while read -r folder; do
     folders+=("$folder")
 done < <(sed -n 's/^logs: //p' <<<"$report")
-run_ids=($(seq 0 $((runs - 1))))
-for ((i = 1; i <= $#; i++)); do
-    case "${!i}" in
-    --run_id) i=$((i + 1)) && run_ids=("${!i}") ;;
-    --run_id=*) run_ids=("${!i#*=}") ;;
-    *) continue ;;
-    esac
-    [ "$runs" = 1 ] || fail "-n and --run_id exclude each other; leave one out"
-done
 is_finished() {
-    [ -f "$1" ] && tail -n 1 "$1" | grep -q '^peak memory'
+    [ -f "$1" ] && tail -n 20 "$1" | grep -q '^peak memory [a-z]*: [0-9]* MiB'
 }
 left=() finished=()
 for run_id in "${run_ids[@]}"; do
@@ -172,6 +178,7 @@ PYTHON
 # The run's launcher is in a process group of its own, so that Ctrl-C reaches it once, as the SIGTERM sent on here; its ranks
 # end when this script is gone.
 export RUN_SH_PID=$$
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}" # seconds for a checkpoint after a signal
 launcher= stopped=
 stop() {
     [ -n "$stopped" ] || [ -z "$launcher" ] || kill -TERM "$launcher" 2>/dev/null
@@ -179,6 +186,7 @@ stop() {
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
+trap 'stop 129' HUP
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 seconds=() failed=()
@@ -192,6 +200,7 @@ for n in "${!left[@]}"; do
         2> >(tee "$errors" >&2) &
     launcher=$!
     set +m
+    [ -z "$stopped" ] || kill -TERM "$launcher" 2>/dev/null || true # it came while the launcher was being started
     status=0
     wait "$launcher" || status=$?
     while kill -0 "$launcher" 2>/dev/null; do # a signal ended the waiting
@@ -207,12 +216,12 @@ for n in "${!left[@]}"; do
         failed+=("$why")
     fi
 done
+if [ ${#failed[@]} != 0 ]; then
+    echo "run.sh: ${#failed[@]} of ${#left[@]} runs failed; the same command tries them again:" >&2
+    printf 'run.sh: failed: %s\n' "${failed[@]}" >&2
+fi
 if [ -n "$stopped" ]; then
     echo "run.sh: stopped; the same command does what is left" >&2
     exit "$stopped"
 fi
-if [ ${#failed[@]} != 0 ]; then
-    echo "run.sh: ${#failed[@]} of ${#left[@]} runs failed; the same command tries them again:" >&2
-    printf 'run.sh: failed: %s\n' "${failed[@]}" >&2
-    exit 1
-fi
+[ ${#failed[@]} = 0 ] || exit 1

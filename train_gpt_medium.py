@@ -32,16 +32,18 @@ import platform
 import re
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import tomllib
+import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1149,8 +1151,8 @@ def is_finished(log: Path) -> bool:
     """Whether a run wrote its log to the end."""
     with open(log, "rb") as file:
         file.seek(max(0, os.path.getsize(log) - 1000))
-        lines = file.read().splitlines(keepends=True)
-    return bool(lines) and re.fullmatch(rb"peak memory \w+: \d+ MiB.*\n", lines[-1]) is not None
+        tail = file.read()
+    return re.search(rb"^peak memory \w+: \d+ MiB.*\n", tail, re.MULTILINE) is not None
 
 
 def choose_run_id(hp: Hyperparameters, config: Path) -> int:
@@ -1264,6 +1266,11 @@ class RunLog:
     def size(self) -> int:
         """Bytes."""
         return os.fstat(self.file.fileno()).st_size
+
+    def keep_aside(self) -> None:
+        """Copy what there is to <run_id>.txt.interrupted, the first free one of these, before the run starts over."""
+        numbered = (self.path.with_name(f"{self.path.name}.interrupted{number or ''}") for number in itertools.count())
+        shutil.copyfile(self.path, next(path for path in numbered if not path.exists()))
 
     def cut(self, size: int) -> None:
         """Keep the first `size` bytes. ValueError: there are fewer."""
@@ -1606,6 +1613,8 @@ def train(trainer: Trainer, log: RunLog, checkpoints: Checkpoints, start: Resume
 
     RunFailed: the loss or the weights are not finite. Stopped: at `trainer.stop`.
     """
+    if start is not None and not start.with_optimizers:  # its last validation is in the log
+        return start.train_time_ms
     hp, first_step = trainer.hp, start.step if start else 0
     clock = Clock(trainer.device, start.train_time_ms if start else 0.0)
     batches = train_batches(hp, trainer.ranks.rank, trainer.ranks.world_size, trainer.device, first_step)
@@ -1631,6 +1640,7 @@ def train(trainer: Trainer, log: RunLog, checkpoints: Checkpoints, start: Resume
                 checkpoints.save(step + 1, clock.stopped_ms)
                 if is_stop:
                     checkpoints.wait()
+                    dist.barrier()  # the launcher ends all ranks when the first is gone
                     raise Stopped(trainer.stop.signal)
                 clock.start()
     log.hide_progress()
@@ -1640,6 +1650,7 @@ def train(trainer: Trainer, log: RunLog, checkpoints: Checkpoints, start: Resume
 # -----------------------------------------------------------------------------
 # Watch: what the training thread cannot see itself
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # unless, as nohup has it, ignored
 POLL_S = 0.5
 GRACE_S = 5.0  # for the other ranks to answer, or to print their stacks
 START_TIMEOUT_S = 3600  # without progress, before the first step is done: the compiler is at work
@@ -1658,7 +1669,7 @@ def is_alive(pid: int) -> bool:
 class Watch(threading.Thread):
     """A thread of each rank that ends the rank, or the run, when it should not go on.
 
-    - SIGTERM, SIGINT: with checkpoints, all ranks agree on a step a little ahead and stop there. The rank that got
+    - SIGTERM, SIGINT, SIGHUP: with checkpoints, all ranks agree on a step a little ahead and stop there. The rank that got
       the signal says so in the store; each rank that reads it there answers with the step that it can stop at; the
       largest of these it is. Without checkpoints, before the first step, or where a rank does not answer, it ends at once.
     - no progress for `step_timeout` seconds: every thread's stack is printed and the rank ends.
@@ -1672,6 +1683,7 @@ class Watch(threading.Thread):
         self.signal = 0
         self.seen, self.seen_at = -1, time.monotonic()
         self.armed_at = 0.0
+        self.last_step, self.fastest = 0, 0  # and the most steps between two looks: the mean pace has the validations in it
         self.began: tuple[float, int] | None = None  # when the training was first seen, and its step
         self.over = threading.Event()
 
@@ -1680,7 +1692,7 @@ class Watch(threading.Thread):
         self.signals, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        self.handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
         self.start()
         return self
 
@@ -1692,6 +1704,12 @@ class Watch(threading.Thread):
             signal.signal(number, handler)
 
     def run(self) -> None:
+        try:
+            self.watch()
+        except BaseException as error:  # a rank must not go on unwatched
+            self.end(1, f"{type(error).__name__}: {error}")
+
+    def watch(self) -> None:
         while not self.over.is_set():
             if select.select([self.signals], [], [], POLL_S)[0]:
                 self.signal = os.read(self.signals, 1)[0]
@@ -1699,8 +1717,11 @@ class Watch(threading.Thread):
                 return
             if self.ranks.launched and (os.getppid() != self.launcher or self.run_sh and not is_alive(self.run_sh)):
                 self.end(1, "the launcher is gone")
-            if self.trainer.step is not None and self.began is None:
-                self.began = time.monotonic(), self.trainer.step
+            if self.trainer.step is not None:
+                if self.began is None:
+                    self.began, self.last_step = (time.monotonic(), self.trainer.step), self.trainer.step
+                self.fastest = max(self.fastest, self.trainer.step - self.last_step)
+                self.last_step = self.trainer.step
             self.look_at_progress()
             try:
                 self.look_for_stop()
@@ -1710,9 +1731,11 @@ class Watch(threading.Thread):
     def end(self, status: int, why: str) -> None:
         """End this process at once."""
         step = self.trainer.step or 0
-        if self.ranks.rank == 0 or not self.signal:
-            print(f"train_gpt_medium.py: rank {self.ranks.rank} ends at step {step}: {why}", file=sys.stderr, flush=True)
-        os._exit(status)
+        try:
+            if self.ranks.rank == 0 or not self.signal:
+                print(f"train_gpt_medium.py: rank {self.ranks.rank} ends at step {step}: {why}", file=sys.stderr, flush=True)
+        finally:  # also where nobody listens any more
+            os._exit(status)
 
     def look_at_progress(self) -> None:
         now = time.monotonic()
@@ -1746,7 +1769,7 @@ class Watch(threading.Thread):
             self.end(128 + self.signal, f"signal {self.signal}")
         since, first_step = self.began
         seconds_per_step = (time.monotonic() - since) / max(1, self.trainer.step - first_step)
-        ahead = 2 + math.ceil(4 * POLL_S / seconds_per_step)
+        ahead = 2 + max(math.ceil(4 * POLL_S / seconds_per_step), 4 * self.fastest)
         self.store.set(f"stop/{self.ranks.rank}", str(self.trainer.step + ahead))
         answers = [f"stop/{rank}" for rank in range(self.ranks.world_size)]
         deadline = time.monotonic() + GRACE_S
@@ -1754,7 +1777,10 @@ class Watch(threading.Thread):
             if time.monotonic() > deadline:
                 self.end(128 + self.signal, f"signal {self.signal}, and another rank does not answer")
             time.sleep(0.05)
-        self.trainer.stop = Stop(max(int(self.store.get(answer)) for answer in answers), self.signal)
+        stop = Stop(max(int(self.store.get(answer)) for answer in answers), self.signal)
+        if self.trainer.step >= stop.step:  # the others would wait for this rank for ever
+            self.end(128 + self.signal, f"signal {self.signal}, and the step to stop at has passed")
+        self.trainer.stop = stop
 
 
 # -----------------------------------------------------------------------------
@@ -1827,6 +1853,8 @@ def claim_run(hp: Hyperparameters, config: Path, code: str) -> Claim:
             log.lock()
             choose_run_id(replace(hp, run_id=run_id), config)  # again, now that nobody else can be at it
             checkpoint = read_interrupted(path.with_suffix(".ckpt"), resolve(hp, run_id), code)
+            if checkpoint is None and re.search(rb"^step:", path.read_bytes(), re.MULTILINE):
+                log.keep_aside()
             log.cut(Resume(*checkpoint["resume"]).log_bytes if checkpoint else 0)
         return Claim(run_id, log, checkpoint)
 
@@ -1864,7 +1892,9 @@ def run(hp: Hyperparameters, ranks: Ranks, store: dist.Store, claim: Claim, star
                 checkpoints.save(hp.num_iterations, train_time_ms, with_optimizers=False)
         finally:
             checkpoints.wait()  # also where the run fails: what was good is not lost
-        if hp.save_checkpoint and checkpoints.written_step == hp.num_iterations:
+        if hp.save_checkpoint and checkpoints.path is not None:
+            if checkpoints.written_step != hp.num_iterations:
+                raise OSError(f"the final weights could not be written to {checkpoints.path}; make room and start the same config and run_id again")
             log.line(f"checkpoint: {checkpoints.path}")
         log.line(peak_memory(trainer.device))
         if not hp.save_checkpoint:
@@ -1928,13 +1958,15 @@ def run_and_report(hp: Hyperparameters, ranks: Ranks, store: dist.Store, claim: 
         why, is_ours = "stopped, with a checkpoint; start the same config and run_id again to go on", ranks.rank == 0
     except (ValueError, OSError) as error:
         why, is_ours = " ".join(str(error).split()), True
+    except BaseException:  # ours, or the GPU's: what the interpreter would do on its way out could wait for ranks that are gone
+        traceback.print_exc()
+        os._exit(1)
     log.hide_progress()
-    if is_ours:
-        print(f"train_gpt_medium.py: {log.path or f'rank {ranks.rank}'}: {why}", file=sys.stderr, flush=True)
-    try:
+    with suppress(OSError):
+        if is_ours:
+            print(f"train_gpt_medium.py: {log.path or f'rank {ranks.rank}'}: {why}", file=sys.stderr, flush=True)
+    with suppress(OSError):
         log.to_file(f"ended: {why}")
-    except OSError:
-        pass
     os._exit(status)  # without the process group's farewell, for which ranks that are gone would be waited for
 
 
