@@ -219,7 +219,7 @@ def test_checking_32_shards_of_200_mb_takes_under_two_seconds(tmp_path):
 def test_an_explicit_run_id_is_taken_by_a_finished_run(check, small_config, tmp_path, last_line, taken):
     log = tmp_path / "logs" / "small" / "005.txt"
     log.parent.mkdir(parents=True)
-    log.write_text("peak memory resident: 1 MiB\nin the text of the program\n" + last_line)
+    log.write_text("peak memory resident: 1 MiB\n" + 100 * "the text of the program\n" + last_line)
     if taken:
         assert_one_line(check(small_config(), "--run_id", 5), "run_id: run 5 is finished", "never overwritten")
     else:
