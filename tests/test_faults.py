@@ -44,6 +44,14 @@ def one_thread_a_rank():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sigint_as_from_a_terminal():
+    """Programs inherit that SIGINT is ignored, as it is where the tests run in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def config(small_config):
     return small_config(num_iterations=STEPS, val_loss_every=4, train_seq_len=128, val_seq_len=128, val_tokens=512, sequences_per_step=2)
