@@ -49,6 +49,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for CPUs comes without it
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
 # -----------------------------------------------------------------------------
 # Architecture: what no config changes
@@ -107,6 +114,7 @@ class Hyperparameters:
     val_loss_every: int = key(125, "steps between validations; 0: only at the end", at_least=0)
     warmup_steps: int = key(10, "untimed steps that compile and warm every kernel, then are undone", at_least=0)
     coordinate_descent_tuning: bool = key(True, "let the compiler search longer for faster kernels (CUDA only)")
+    fast_paths: list[str] = key([], "parts that take another way to the same function, of tables, mlp, head, blocks (CUDA only; not measured yet)")
     seed: int | None = key(None, "seed of the initial weights; default: run_id", at_least=0, at_most=2**63 - 1)
     run_id: int | None = key(None, "number of the run; default: the first free one", at_least=0, at_most=999)
     init_from: str = key("", "checkpoint to take the initial weights from")
@@ -124,7 +132,9 @@ TYPE_NAMES = {
     str: "a string",
     int | None: "an integer",
     list[list[int]]: "a list of tables, each a list of layers, as in [[0, 13], [1, 14], [2, 15]]",
+    list[str]: 'a list of names, as in ["mlp", "head"]',
 }
+FAST_PATHS = ("tables", "mlp", "head", "blocks")  # what they are: see their section
 
 
 @contextmanager
@@ -147,6 +157,7 @@ def check_type(value: Any, kind: Any) -> Any:
         bool: isinstance(value, bool),
         str: isinstance(value, str),
         list[list[int]]: isinstance(value, list),
+        list[str]: isinstance(value, list) and all(isinstance(item, str) for item in value),
     }
     if not fits.get(kind, False):
         raise ValueError(f"expected {TYPE_NAMES[kind]}, found {json.dumps(value, default=str)}")
@@ -187,6 +198,15 @@ def check_value_embeddings(tables: list) -> None:
             table_of[layer] = k
 
 
+def check_fast_paths(names: list[str]) -> None:
+    """ValueError where a name is none of FAST_PATHS, or named twice."""
+    for name in names:
+        if name not in FAST_PATHS:
+            raise ValueError(f"there is no fast path {json.dumps(name)}; there are {', '.join(FAST_PATHS)}")
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is named twice; remove one")
+
+
 def check_value(name: str, value: Any) -> Any:
     """The value of one config key, checked on its own; ValueError says what is wrong with it."""
     value = check_type(value, KEYS[name].type)
@@ -196,6 +216,8 @@ def check_value(name: str, value: Any) -> Any:
         return os.path.expanduser(value)
     if name == "value_embeddings":
         check_value_embeddings(value)
+    elif name == "fast_paths":
+        check_fast_paths(value)
     elif isinstance(value, (int, float)):
         check_limits(value, **KEYS[name].metadata["limits"])
     return value
@@ -638,6 +660,252 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
+# Fast paths
+#
+# Other ways to functions of the model, taken where the config's `fast_paths` names them; the plain ways are the default.
+#
+#   tables  the gradient of an embedding table: a sequence's tokens are sorted once, each token's rows added up and written once
+#   mlp     ReLU squared and its derivative in the products before them, instead of passes over (T, 4d) of their own
+#   head    the gradients of the loss made together with the loss, a piece of the sequence at a time
+#   blocks  each kind of block compiled once, instead of the whole model (`GPT.compile_parts`)
+#
+# The kernels are Triton's (https://triton-lang.org); PyTorch sees each path as an operator of its own, so that
+# torch.compile leaves it as it is. Bytes and times below are of T = 65,536, d = 1024 and bf16.
+
+jit = (lambda kernel: kernel) if triton is None else triton.jit
+
+
+def can_run_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run here: on a GPU, or, for tests, in Triton's interpreter."""
+    return triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+class Occurrences(NamedTuple):
+    """Where each token of a sequence occurs: `order[starts[i] : starts[i + 1]]` for i < count, the i-th distinct token in order of its id."""
+
+    ids: Tensor  # (T,) the tokens, sorted
+    order: Tensor  # (T,) int64, their positions in the sequence
+    starts: Tensor  # (T + 1,) int64, beyond count without meaning
+    count: Tensor  # (1,) int64, distinct tokens
+
+
+def find_occurrences(tokens: Tensor) -> Occurrences:
+    """Of the tokens (T,); without waiting for the GPU."""
+    T = len(tokens)
+    ids, order = tokens.sort(stable=True)
+    is_first = torch.cat([torch.ones_like(ids[:1], dtype=torch.bool), ids[1:] != ids[:-1]])
+    number = is_first.cumsum(0) - 1
+    position = torch.arange(T, device=tokens.device)
+    starts = torch.full((T + 1,), T, device=tokens.device).scatter(0, torch.where(is_first, number, T), position)
+    return Occurrences(ids, order, starts, number[-1:] + 1)
+
+
+@jit
+def row_sums_kernel(rows, ids, order, starts, count, sums, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum, in fp32, of each distinct token's `rows` (T, WIDTH) into its row of `sums` (V, WIDTH), by a fixed number of programs.
+
+    ROWS at a time, for a frequent token has thousands in a sequence, and one after the other they would outlast all else.
+    """
+    i = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    tokens = tl.load(count)
+    while i < tokens:
+        start, stop = tl.load(starts + i), tl.load(starts + i + 1)
+        target = tl.load(ids + start).to(tl.int64)
+        total = tl.zeros((COLUMNS,), tl.float32)
+        while start < stop:
+            place = start + tl.arange(0, ROWS)
+            source = tl.load(order + place, mask=place < stop, other=0)
+            part = tl.load(rows + source[:, None] * WIDTH + columns[None, :], mask=(place < stop)[:, None], other=0.0)
+            total += tl.sum(part.to(tl.float32), axis=0)
+            start += ROWS
+        tl.store(sums + target * WIDTH + columns, total.to(sums.dtype.element_ty))
+        i += tl.num_programs(0)
+
+
+@torch.library.custom_op("train_gpt_medium::embedding_gradient", mutates_args=())
+def embedding_gradient(grad: Tensor, vocab_size: int, ids: Tensor, order: Tensor, starts: Tensor, count: Tensor) -> Tensor:
+    """(V, d) gradient of a table from that of its rows (T, d), and the `Occurrences`. Added up in fp32 and rounded once, always in the same order.
+
+    Reads grad once (134 MB) and writes the table once (103 MB): 0.08 ms at an H100's 3.35 TB/s.
+    """
+    width = grad.size(1)
+    sums = grad.new_zeros(vocab_size, width)
+    programs = (min(len(ids), 512), width // 128)
+    row_sums_kernel[programs](grad.contiguous(), ids, order, starts, count, sums, WIDTH=width, ROWS=32, COLUMNS=128)
+    return sums
+
+
+@embedding_gradient.register_fake
+def _(grad: Tensor, vocab_size: int, ids: Tensor, order: Tensor, starts: Tensor, count: Tensor) -> Tensor:
+    return grad.new_empty(vocab_size, grad.size(1))
+
+
+class SortedEmbedding(torch.autograd.Function):
+    """The rows (T, d) of a table (V, d) for tokens (T,), as F.embedding, with `embedding_gradient` behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor, *occurrences: Tensor) -> Tensor:
+        ctx.vocab_size = len(weight)
+        ctx.save_for_backward(*occurrences)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return embedding_gradient(grad, ctx.vocab_size, *ctx.saved_tensors), None, None, None, None, None
+
+
+@jit
+def relu_squared_kernel(a, b, squares, out, N: tl.constexpr, K: tl.constexpr, B_K_STRIDE: tl.constexpr, B_N_STRIDE: tl.constexpr,
+                        BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile of `out` (M, N): relu(a @ b)**2 or, with BACKWARD, (a @ b) * 2 * sqrt(squares); a (M, K), b (K, N).
+
+    2 * sqrt(relu(h)**2) is the derivative of relu(h)**2: so h itself is never written.
+    """
+    tile = tl.program_id(0)  # the tiles of some rows one after the other, so that `a` is fetched once; `b` stays in the L2 cache
+    m = tile // (N // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a += m[:, None] * K + k[None, :]
+    b += k[:, None] * B_K_STRIDE + n[None, :] * B_N_STRIDE
+    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        h = tl.dot(tl.load(a), tl.load(b), h)
+        a += BLOCK_K
+        b += BLOCK_K * B_K_STRIDE
+    place = m[:, None] * N + n[None, :]
+    if BACKWARD:
+        h *= 2 * tl.sqrt(tl.load(squares + place).to(tl.float32))
+    else:
+        h = tl.maximum(h, 0.0)
+        h *= h
+    tl.store(out + place, h.to(out.dtype.element_ty))
+
+
+RELU_SQUARED_TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+def relu_squared(a: Tensor, b: Tensor, squares: Tensor | None = None) -> Tensor:
+    """relu(a @ b)**2 or, given that, `squares`, (a @ b) times its derivative: a (M, K) contiguous, b (K, N) -> (M, N)."""
+    out = a.new_empty(len(a), b.size(1))
+    tiles = out.numel() // (RELU_SQUARED_TILE["BLOCK_M"] * RELU_SQUARED_TILE["BLOCK_N"])
+    relu_squared_kernel[(tiles,)](a, b, out if squares is None else squares, out, N=b.size(1), K=b.size(0), B_K_STRIDE=b.stride(0),
+                                  B_N_STRIDE=b.stride(1), BACKWARD=squares is not None, **RELU_SQUARED_TILE)
+    return out
+
+
+@torch.library.custom_op("train_gpt_medium::fused_mlp", mutates_args=())
+def fused_mlp(x: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor]:
+    """relu(x @ fc_w.T)**2 @ proj_w.T, (T, d), and the square before the second product, (T, 4d), which its backward needs.
+
+    Against a pass of its own for ReLU squared and one for its backward, (T, 4d) is read or written twice less in the forward and
+    three times less in the backward: 2.7 GB a layer, 0.8 ms at an H100's 3.35 TB/s. Idea: the speedrun's fused MLP
+    (https://github.com/KellerJordan/modded-nanogpt); the derivative from the square is ours.
+    """
+    squares = relu_squared(x.contiguous(), fc_w.T)
+    return F.linear(squares, proj_w), squares
+
+
+@fused_mlp.register_fake
+def _(x: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(len(x), len(fc_w))
+
+
+@torch.library.custom_op("train_gpt_medium::fused_mlp_backward", mutates_args=())
+def fused_mlp_backward(grad: Tensor, x: Tensor, squares: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by x, fc_w and proj_w from that of `fused_mlp`'s first result."""
+    grad_h = relu_squared(grad.contiguous(), proj_w, squares)
+    return grad_h @ fc_w, grad_h.T @ x, grad.T @ squares
+
+
+@fused_mlp_backward.register_fake
+def _(grad: Tensor, x: Tensor, squares: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), fc_w.new_empty(fc_w.shape), proj_w.new_empty(proj_w.shape)
+
+
+def keep_for_mlp_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    x, fc_w, proj_w = inputs
+    ctx.save_for_backward(x, output[1], fc_w, proj_w)
+
+
+fused_mlp.register_autograd(lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=keep_for_mlp_backward)
+
+HEAD_CHUNK_TOKENS = 16 * 1024  # logits of 1.6 GB at once
+
+
+@jit
+def capped_cross_entropy_kernel(z, targets, losses, gradient_scale, LOGITS: tl.constexpr, CAP: tl.constexpr, WITH_GRADIENTS: tl.constexpr,
+                                TILE: tl.constexpr):
+    """The cross-entropy of a row of `z` (T, LOGITS), capped, into `losses` (T,); then `gradient_scale` times its gradient in the place of the row.
+
+    Capped logits are at most 15, so that their exponentials can be added up in fp32 as they are. The row's second reading is from the
+    L2 cache. The target is read before the sum, at which all threads meet, so that no thread has written by then.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z += row * LOGITS
+    target = tl.load(targets + row)
+    target_z = tl.load(z + target).to(tl.float32)
+    column = tl.arange(0, TILE)
+    exponentials = tl.zeros((TILE,), tl.float32)
+    for start in range(0, LOGITS, TILE):
+        x = tl.load(z + start + column, mask=start + column < LOGITS, other=0.0).to(tl.float32)
+        exponentials += tl.where(start + column < LOGITS, tl.exp(CAP * x * tl.rsqrt(x * x + CAP * CAP)), 0.0)
+    log_sum = tl.log(tl.sum(exponentials, axis=0))
+    tl.store(losses + row, log_sum - CAP * target_z * tl.rsqrt(target_z * target_z + CAP * CAP))
+    if WITH_GRADIENTS:
+        for start in range(0, LOGITS, TILE):
+            x = tl.load(z + start + column, mask=start + column < LOGITS, other=0.0).to(tl.float32)
+            r = CAP * tl.rsqrt(x * x + CAP * CAP)  # the capped logit is r x, its derivative r**3
+            gradient = tl.exp(r * x - log_sum) - tl.where(start + column == target, 1.0, 0.0)
+            tl.store(z + start + column, (gradient_scale * gradient * r * r * r).to(z.dtype.element_ty), mask=start + column < LOGITS)
+
+
+@torch.library.custom_op("train_gpt_medium::fused_head", mutates_args=())
+def fused_head(x: Tensor, w: Tensor, targets: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy, () fp32, of targets (T,) under the capped logits x (T, d) @ w (V, d).T, and its gradients by x and w
+    (of no elements without `with_gradients`).
+
+    The logits of a sequence (6.6 GB) are written once by the product, read and replaced by their gradients once, and read by two
+    products; they never exist in fp32, and a quarter of them at a time. w's gradients are added up in fp32. Idea: the fused linear
+    cross-entropy of Liger Kernel (https://arxiv.org/abs/2410.10989).
+    """
+    w_low = w.to(x.dtype)
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    grad_x, grad_w = (torch.zeros_like(x), torch.zeros_like(w)) if with_gradients else (x.new_empty(0), w.new_empty(0))
+    for start in range(0, len(x), HEAD_CHUNK_TOKENS):
+        chunk = slice(start, start + HEAD_CHUNK_TOKENS)
+        z = x[chunk] @ w_low.T
+        capped_cross_entropy_kernel[(len(z),)](z, targets[chunk], losses[chunk], 1 / len(x), LOGITS=len(w), CAP=LOGIT_CAP,
+                                               WITH_GRADIENTS=with_gradients, TILE=4096, num_warps=8)
+        if with_gradients:
+            torch.mm(z, w_low, out=grad_x[chunk])
+            grad_w += z.T @ x[chunk]
+    return losses.mean(), grad_x, grad_w
+
+
+@fused_head.register_fake
+def _(x: Tensor, w: Tensor, targets: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = (x.new_empty(x.shape), w.new_empty(w.shape)) if with_gradients else (x.new_empty(0), w.new_empty(0))
+    return x.new_empty((), dtype=torch.float32), *gradients
+
+
+def keep_for_head_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def head_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    grad_x, grad_w = ctx.saved_tensors
+    return grad * grad_x, grad * grad_w, None, None
+
+
+fused_head.register_autograd(head_backward, setup_context=keep_for_head_backward)
+
+
+# -----------------------------------------------------------------------------
 # Model
 
 LOSS_CHUNK_TOKENS = 64 * 1024  # logits of more tokens at once would not fit: 65,536 x 50,304 in fp32 are 13 GB
@@ -691,8 +959,9 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, model_dim: int):
+    def __init__(self, model_dim: int, fused: bool):
         super().__init__()
+        self.fused = fused
         self.fc_w = nn.Parameter(torch.empty(4 * model_dim, model_dim))  # (4d, d)
         self.proj_w = nn.Parameter(torch.zeros(model_dim, 4 * model_dim))  # (d, 4d)
         with torch.no_grad():
@@ -700,14 +969,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, d) -> (T, d), with ReLU squared between the two products."""
+        if self.fused:
+            return fused_mlp(x, self.fc_w, self.proj_w)[0]
         return F.linear(F.relu(F.linear(x, self.fc_w)).square(), self.proj_w)
 
 
 class Block(nn.Module):
-    def __init__(self, layer: int, model_dim: int, num_heads: int):
+    def __init__(self, layer: int, hp: Hyperparameters):
         super().__init__()
-        self.attn = CausalSelfAttention(model_dim, num_heads) if layer != NO_ATTENTION_LAYER else None
-        self.mlp = MLP(model_dim)
+        self.attn = CausalSelfAttention(hp.model_dim, hp.num_heads) if layer != NO_ATTENTION_LAYER else None
+        self.mlp = MLP(hp.model_dim, fused="mlp" in hp.fast_paths)
 
     def forward(self, x: Tensor, x0: Tensor, value_embedding: Tensor | None, block_lambdas: Tensor, attn_lambdas: Tensor,
                 mask: Mask, rotary: Rotary) -> Tensor:
@@ -732,10 +1003,12 @@ class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.end_of_text = hp.vocab_size - 1
+        self.fast_paths = frozenset(hp.fast_paths)
+        self.attention_masks = attention_masks
         self.table_of = {layer: k for k, table in enumerate(hp.value_embeddings) for layer in table}
         self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)  # (V, d)
         self.value_embeds = nn.ModuleList(nn.Embedding(hp.vocab_size, hp.model_dim) for _ in hp.value_embeddings)  # (V, d) each
-        self.blocks = nn.ModuleList(Block(layer, hp.model_dim, hp.num_heads) for layer in range(NUM_LAYERS))
+        self.blocks = nn.ModuleList(Block(layer, hp) for layer in range(NUM_LAYERS))
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
         padded_vocab_size = -(-hp.vocab_size // 128) * 128
         self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
@@ -754,10 +1027,11 @@ class GPT(nn.Module):
         """Mean cross-entropy (nats, fp32) of targets (T,) after tokens (T,), under a long window of `window` blocks."""
         L = NUM_LAYERS
         skip_weights, block_lambdas, attn_lambdas = self.scalars[:L], self.scalars[L : 3 * L].view(L, 2), self.scalars[3 * L :].view(L, 2)
-        long_mask, short_mask = attention_masks(tokens, self.end_of_text, window)
+        long_mask, short_mask = self.attention_masks(tokens, self.end_of_text, window)
         # A value embedding enters here: each table is read once, and every layer that shares it gets the same rows.
-        values = [table(tokens) for table in self.value_embeds]
-        x = x0 = norm(self.embed(tokens))
+        embedding, *values = self.embeddings(tokens)
+        x0 = norm(embedding)
+        x = x0.view_as(x0)  # no x0 itself, for which `compile_parts` would make the first block a kind of its own
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i in SKIPS:
@@ -766,9 +1040,35 @@ class GPT(nn.Module):
             mask = long_mask if i in LONG_WINDOW_LAYERS else short_mask
             x = block(x, x0, value_embedding, block_lambdas[i], attn_lambdas[i], mask, self.rotary)
             outputs.append(x)
+        return self.loss(x, targets)
+
+    def compile_parts(self) -> None:
+        """The path "blocks": compile each kind of block once, and what stands before and behind them.
+
+        Blocks of one kind share a program, as long as it takes their parameters as inputs. Idea: regional compilation
+        (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
+        """
+        for block in self.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+        self.attention_masks, self.embeddings, self.loss = (
+            torch.compile(part, dynamic=False, fullgraph=True) for part in (attention_masks, self.embeddings, self.loss)
+        )
+
+    def embeddings(self, tokens: Tensor) -> list[Tensor]:
+        """The rows (T, d) of `embed` and of each value embedding, for tokens (T,)."""
+        tables = [self.embed, *self.value_embeds]
+        if "tables" not in self.fast_paths or not torch.is_grad_enabled():
+            return [table(tokens) for table in tables]
+        occurrences = find_occurrences(tokens)
+        return [SortedEmbedding.apply(table.weight, tokens, *occurrences) for table in tables]
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of targets (T,), from the last block's x (T, d)."""
         x = norm(x)
+        if "head" in self.fast_paths:
+            return fused_head(x, self.lm_head_w, targets, torch.is_grad_enabled())[0]
         chunks = zip(x.split(LOSS_CHUNK_TOKENS), targets.split(LOSS_CHUNK_TOKENS))
-        return sum(self.summed_loss(x_chunk, target_chunk) for x_chunk, target_chunk in chunks) / len(tokens)
+        return sum(self.summed_loss(x_chunk, target_chunk) for x_chunk, target_chunk in chunks) / len(x)
 
     def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies of targets (T,), from x (T, d), over the padded vocabulary with capped logits."""
@@ -1221,7 +1521,8 @@ def describe_run(hp: Hyperparameters) -> str:
     """The map as a drawing and the parameter counts, for the user to look at before anything starts."""
     counts = parameter_counts(model_on_meta(hp))
     width = max(len(f"{n:,}") for n in counts.values())
-    return "\n".join([draw_map(hp.value_embeddings), "parameters:", *(f"  {n:>{width},}  {name}" for name, n in counts.items())])
+    fast = [f"fast paths, on CUDA: {', '.join(hp.fast_paths)}"] if hp.fast_paths else []
+    return "\n".join([draw_map(hp.value_embeddings), "parameters:", *(f"  {n:>{width},}  {name}" for name, n in counts.items()), *fast])
 
 
 # -----------------------------------------------------------------------------
@@ -1419,6 +1720,8 @@ class Trainer:
 
     def __init__(self, hp: Hyperparameters, ranks: Ranks):
         self.hp, self.ranks, self.device = hp, ranks, ranks.device
+        if not can_run_kernels(self.device):
+            hp = replace(hp, fast_paths=[])
         torch.manual_seed(hp.seed)
         with self.device:
             self.raw_model = GPT(hp)
@@ -1437,8 +1740,11 @@ class Trainer:
         self.model: nn.Module = self.raw_model
         if self.device.type == "cuda":
             torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
-            self.model = torch.compile(self.raw_model, dynamic=False)
             self.optimizers[1].compile()
+            if "blocks" in hp.fast_paths:
+                self.raw_model.compile_parts()
+            else:
+                self.model = torch.compile(self.raw_model, dynamic=False)
 
     def window(self, step: int) -> Tensor:
         return window_tensor(window_blocks(step, self.hp.num_iterations), self.device)

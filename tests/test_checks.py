@@ -74,6 +74,10 @@ BAD_KEYS = [
     ("value_embeddings", [[0], [7]], "layer 7 has no attention"),
     ("value_embeddings", [[0, 13], [1, 13]], "layer 13 is named twice", "table 0 and table 1"),
     ("value_embeddings", [[3, 3]], "layer 3 is named twice"),
+    ("fast_paths", "mlp", "a list of names", '"mlp"'),
+    ("fast_paths", [1], "a list of names"),
+    ("fast_paths", ["attention"], 'no fast path "attention"', "tables, mlp, head, blocks"),
+    ("fast_paths", ["mlp", "head", "mlp"], "mlp is named twice"),
 ]
 
 

@@ -132,6 +132,7 @@ def test_the_record_has_5820_steps():
     ("save_checkpoint", "true", True),
     ("value_embeddings", "[[0, 1], [15]]", [[0, 1], [15]]),
     ("value_embeddings", "[]", []),
+    ("fast_paths", '["mlp", "head"]', ["mlp", "head"]),
     ("description", "5", "5"),
     ("train_files", "some/where_*.bin", "some/where_*.bin"),
     ("seed", "7", 7),

@@ -1,7 +1,9 @@
-"""What only a GPU can run: compiled FlexAttention with its backward in bf16, and training in bf16 against fp32 on the CPU.
+"""What only a GPU can run: compiled FlexAttention with its backward in bf16, training in bf16 against fp32 on the CPU, the fast paths.
 
 One GPU is enough; it accumulates what eight would share.
 """
+
+import json
 
 import pytest
 import torch
@@ -78,6 +80,44 @@ def test_shrunken_model_follows_the_cpu(tmp_path):
     assert val_losses(cpu.stdout)[0] == pytest.approx(CASES["baseline_short"]["val_loss"]["0"], abs=1e-5)
 
 
+FULL_WIDTH = train.Hyperparameters(train_seq_len=2048, val_seq_len=2048)
+
+
+def outputs_and_gradients(path, hp, dtype, compiled):
+    """Of the part of a model that a fast path is for, at full width, in `dtype`, on the GPU; the inputs are bf16 numbers."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = train.GPT(hp)
+        generator = torch.Generator("cuda").manual_seed(1)
+        x, grad_rows = (torch.randn(2048, 1024, generator=generator).bfloat16().to(dtype) for _ in range(2))
+        tokens = (torch.rand(2048, generator=generator) ** 4 * 50257).int()  # some of them often
+        for p in (model.lm_head_w, model.blocks[0].mlp.proj_w):
+            torch.nn.init.normal_(p, std=0.02, generator=generator)
+    model.bfloat16().to(dtype)
+    model.lm_head_w.data = model.lm_head_w.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x.requires_grad_()
+    if path == "tables":
+        function, inputs, arguments, grad = model.embeddings, [model.embed.weight], [tokens], [grad_rows] * 4
+    elif path == "mlp":
+        mlp = model.blocks[0].mlp
+        function, inputs, arguments, grad = mlp.forward, [x, mlp.fc_w, mlp.proj_w], [x], [grad_rows]
+    else:
+        function, inputs, arguments, grad = model.loss, [x, model.lm_head_w], [x, tokens.long()], [torch.tensor(0.125, device="cuda")]
+    outputs = (torch.compile(function, dynamic=False) if compiled else function)(*arguments)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    return [outputs[0].detach(), *torch.autograd.grad(outputs, inputs, grad)]
+
+
+@pytest.mark.parametrize("path", ["tables", "mlp", "head"])
+def test_fast_path_in_bf16_is_no_less_exact_than_the_plain_one(path):
+    reference = outputs_and_gradients(path, FULL_WIDTH, torch.float64, compiled=False)
+    plain = outputs_and_gradients(path, FULL_WIDTH, torch.bfloat16, compiled=True)
+    fast = outputs_and_gradients(path, train.replace(FULL_WIDTH, fast_paths=[path]), torch.bfloat16, compiled=True)
+    for expected, of_plain, of_fast in zip(reference, plain, fast, strict=True):
+        plain_error, fast_error = ((actual.double() - expected).norm() / expected.norm() for actual in (of_plain, of_fast))
+        assert fast_error <= 1.1 * plain_error + 1e-7 and fast_error < 0.02
+
+
 @pytest.fixture(scope="module")
 def gpt2_shards(tmp_path_factory):
     """Shards of the GPT-2 vocabulary with the structure of the golden ones: 12M training and 600,000 validation tokens."""
@@ -109,3 +149,19 @@ def test_full_model_trains_20_steps_at_full_length(tmp_path, gpt2_shards):
     assert losses[0] == pytest.approx(10.825840, abs=1e-4)
     assert losses[20] < losses[10] < losses[0]
     assert "peak memory allocated" in result.stdout
+
+
+def test_50_steps_of_the_full_model_agree_by_fast_paths(tmp_path, gpt2_shards):
+    """Within the noise of two plain runs of one seed, or a thousandth."""
+    keys = dict(num_iterations=50, val_loss_every=25, val_tokens=2 * 262144, sequences_per_step=2, warmup_steps=1,
+                coordinate_descent_tuning=False)
+    config = write_config(tmp_path / "full.toml", **gpt2_shards, **keys, seed=0, log_dir=f"{tmp_path}/logs")
+    runs = []
+    for paths in ("[]", "[]", json.dumps(train.FAST_PATHS)):
+        result = run_program(config, "--fast_paths", paths, ranks=1)
+        assert result.returncode == 0, result.stderr
+        runs.append(val_losses(result.stdout))
+    plain, again, fast = runs
+    assert list(plain) == list(fast) == [0, 25, 50] and plain[50] < plain[0] - 0.5
+    for step in plain:
+        assert abs(fast[step] - plain[step]) <= max(3 * abs(plain[step] - again[step]), 1e-3)
