@@ -436,6 +436,12 @@ def read_ahead(read: Callable[[Piece], np.ndarray], pieces: Iterator[Piece]) -> 
     return results(first)
 
 
+def train_positions(shards: list[np.memmap], hp: Hyperparameters, first_step: int) -> Iterator[tuple[int, int]]:
+    """(shard, position in it) of the training batch of each step from `first_step` on."""
+    positions = batch_positions([len(shard) for shard in shards], hp.sequences_per_step * hp.train_seq_len)
+    return itertools.islice(positions, first_step, hp.num_iterations)
+
+
 def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch.device, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's sequences of each training batch from `first_step` on, (sequences_per_step / world_size, train_seq_len).
 
@@ -445,18 +451,15 @@ def train_batches(hp: Hyperparameters, rank: int, world_size: int, device: torch
     files = [open(shard.filename, "rb") for shard in shards]  # once, so that data made anew during a run does not change it
     count = hp.sequences_per_step // world_size
     tokens = count * hp.train_seq_len + 1
-    positions = batch_positions([len(shard) for shard in shards], hp.sequences_per_step * hp.train_seq_len)
-    mine = ((shard, position + rank * count * hp.train_seq_len) for shard, position in itertools.islice(positions, first_step, hp.num_iterations))
+    mine = ((shard, position + rank * count * hp.train_seq_len) for shard, position in train_positions(shards, hp, first_step))
     pieces = cut_into_pieces(mine, max(1, READ_AHEAD_BYTES // (2 * tokens)))
     arrays = read_ahead(lambda piece: read_tokens(files[piece.shard], piece.positions, tokens), pieces)
     return (to_inputs_and_targets(torch.from_numpy(row.astype(np.int32)), hp.train_seq_len, device) for array in arrays for row in array)
 
 
-def batch_place(hp: Hyperparameters, step: int) -> list[str | int]:
+def batch_place(shards: list[np.memmap], hp: Hyperparameters, step: int) -> list[str | int]:
     """Where the batch of a step begins: the shard's name and the position in it; [] where it is the end of the run."""
-    shards = open_shards(hp.train_files)
-    positions = batch_positions([len(shard) for shard in shards], hp.sequences_per_step * hp.train_seq_len)
-    return next(([os.path.basename(shards[shard].filename), position] for shard, position in itertools.islice(positions, step, hp.num_iterations)), [])
+    return next(([os.path.basename(shards[shard].filename), position] for shard, position in train_positions(shards, hp, step)), [])
 
 
 def val_sequences(shards: list[np.memmap], hp: Hyperparameters, rank: int, world_size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -1348,7 +1351,7 @@ def read_interrupted(path: Path, hp: Hyperparameters, code: str) -> dict[str, An
         raise ValueError(f"{path}: the run began on {checkpoint['device']} and this is {here}, whose weights have another form; go on there, or {fix}")
     if checkpoint["code"] != code:
         raise ValueError(f"{path}: the run began with another text of the program, which its log begins with; put that back, or {fix}")
-    if checkpoint["next_batch"] != (found := batch_place(hp, resume.step)):
+    if checkpoint["next_batch"] != (found := batch_place(open_shards(hp.train_files), hp, resume.step)):
         raise ValueError(f"{path}: train_files: the run was to go on at {checkpoint['next_batch']}, now that is {found}; put the shards back, or {fix}")
     return checkpoint
 
@@ -1872,6 +1875,7 @@ class Checkpoints:
     def __init__(self, trainer: Trainer, log: RunLog, code: str):
         self.trainer, self.log, self.code = trainer, log, code
         self.path = None if log.path is None else log.path.with_suffix(".ckpt")
+        self.shards = [] if self.path is None else open_shards(trainer.hp.train_files)  # once: see `train_batches`
         self.writer: threading.Thread | None = None
         self.written_step: int | None = None  # of the file that is there
 
@@ -1888,7 +1892,10 @@ class Checkpoints:
         checkpoint = self.trainer.collect(with_optimizers)
         if self.path is not None:
             resume = Resume(step, train_time_ms, self.log.size(), self.trainer.ranks.world_size, with_optimizers)
-            checkpoint |= dict(step=step, code=self.code, device=self.trainer.device.type, resume=tuple(resume), configuration=json.dumps(asdict(hp)), next_batch=batch_place(hp, step))
+            checkpoint |= dict(
+                step=step, code=self.code, device=self.trainer.device.type, resume=tuple(resume), configuration=json.dumps(asdict(hp)),
+                next_batch=batch_place(self.shards, hp, step),
+            )
             self.writer = threading.Thread(target=self.write, args=(checkpoint,))
             self.writer.start()
 
