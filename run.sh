@@ -53,7 +53,9 @@ find_python() {
 if [ "${1-}" = test ]; then
     shift
     cd "$here"
-    find_python "torch numpy huggingface_hub tqdm pytest scipy matplotlib" requirements.txt tests/requirements.txt
+    packages="torch numpy huggingface_hub tqdm pytest scipy matplotlib"
+    [ "$(uname)" != Linux ] || packages+=" triton"
+    find_python "$packages" requirements.txt tests/requirements.txt
     exec "$python" -m pytest "$@"
 fi
 
