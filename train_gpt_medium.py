@@ -669,8 +669,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 #
 #   tables  the gradient of an embedding table: a sequence's tokens are sorted once, each token's rows added up and written once
 #   mlp     ReLU squared and its derivative in the products before them, instead of passes over (T, 4d) of their own
-#   head    the gradients of the loss made together with the loss, a piece of the sequence at a time
-#   blocks  each kind of block compiled once, instead of the whole model (`GPT.compile_parts`)
+#   head    the gradients of the loss made together with the loss, half of the sequence at a time
+#   blocks  each kind of block compiled once, instead of the whole model (`GPT.compile_parts`): for the start, not for the step
 #
 # The kernels are Triton's (https://triton-lang.org); PyTorch sees each path as an operator of its own, so that
 # torch.compile leaves it as it is. Bytes and times below are of T = 65,536, d = 1024 and bf16.
@@ -730,7 +730,7 @@ def row_sums_kernel(rows, ids, order, starts, count, sums, WIDTH: tl.constexpr, 
 def embedding_gradient(grad: Tensor, vocab_size: int, ids: Tensor, order: Tensor, starts: Tensor, count: Tensor) -> Tensor:
     """(V, d) gradient of a table from that of its rows (T, d), and the `Occurrences`. Added up in fp32 and rounded once, always in the same order.
 
-    Reads grad once (134 MB) and writes the table once (103 MB): 0.08 ms at an H100's 3.35 TB/s.
+    Reads grad once (134 MB) and writes the table once (103 MB): at least 0.08 ms at an H100's 3.35 TB/s.
     """
     width = grad.size(1)
     sums = grad.new_zeros(vocab_size, width)
@@ -766,17 +766,18 @@ def relu_squared_kernel(a, b, squares, out, N: tl.constexpr, K: tl.constexpr, B_
     2 * sqrt(relu(h)**2) is the derivative of relu(h)**2: so h itself is never written.
     """
     tile = tl.program_id(0)  # the tiles of some rows one after the other, so that `a` is fetched once; `b` stays in the L2 cache
-    m = tile // (N // BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = (tile // (N // BLOCK_N)).to(tl.int64) * BLOCK_M  # M * N may be more than 2**31
+    m = tl.arange(0, BLOCK_M)
     n = tile % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    a += m[:, None] * K + k[None, :]
+    a += row * K + m[:, None] * K + k[None, :]
     b += k[:, None] * B_K_STRIDE + n[None, :] * B_N_STRIDE
     h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(0, K, BLOCK_K):
         h = tl.dot(tl.load(a), tl.load(b), h)
         a += BLOCK_K
         b += BLOCK_K * B_K_STRIDE
-    place = m[:, None] * N + n[None, :]
+    place = row * N + m[:, None] * N + n[None, :]
     if BACKWARD:
         h *= 2 * tl.sqrt(tl.load(squares + place).to(tl.float32))
     else:
@@ -801,9 +802,8 @@ def relu_squared(a: Tensor, b: Tensor, squares: Tensor | None = None) -> Tensor:
 def fused_mlp(x: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor]:
     """relu(x @ fc_w.T)**2 @ proj_w.T, (T, d), and the square before the second product, (T, 4d), which its backward needs.
 
-    Against a pass of its own for ReLU squared and one for its backward, (T, 4d) is read or written twice less in the forward and
-    three times less in the backward: 2.7 GB a layer, 0.8 ms at an H100's 3.35 TB/s. Idea: the speedrun's fused MLP
-    (https://github.com/KellerJordan/modded-nanogpt); the derivative from the square is ours.
+    Against a pass of its own for ReLU squared and one for its backward, (T, 4d) is read or written at most five times less: 2.7 GB a
+    layer. Idea: the speedrun's fused MLP (https://github.com/KellerJordan/modded-nanogpt); the derivative from the square is ours.
     """
     squares = relu_squared(x.contiguous(), fc_w.T)
     return F.linear(squares, proj_w), squares
@@ -835,7 +835,8 @@ def keep_for_mlp_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Te
 
 fused_mlp.register_autograd(lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=keep_for_mlp_backward)
 
-HEAD_CHUNK_TOKENS = 16 * 1024  # logits of 1.6 GB at once
+HEAD_CHUNK_TOKENS = 32 * 1024  # logits of 3.3 GB at once
+HEAD_TILE = dict(TILE=4096, num_warps=16)  # so many warps that the rows at work, 0.1 MB each, fit the L2 cache
 
 
 @jit
@@ -843,8 +844,8 @@ def capped_cross_entropy_kernel(z, targets, losses, gradient_scale, LOGITS: tl.c
                                 TILE: tl.constexpr):
     """The cross-entropy of a row of `z` (T, LOGITS), capped, into `losses` (T,); then `gradient_scale` times its gradient in the place of the row.
 
-    Capped logits are at most 15, so that their exponentials can be added up in fp32 as they are. The row's second reading is from the
-    L2 cache. The target is read before the sum, at which all threads meet, so that no thread has written by then.
+    Capped logits are at most 15, so that their exponentials can be added up in fp32 as they are. The row's second reading should be from
+    the L2 cache. The target is read before the sum, at which all threads meet, so that no thread has written by then.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * LOGITS
@@ -871,17 +872,17 @@ def fused_head(x: Tensor, w: Tensor, targets: Tensor, with_gradients: bool) -> t
     (of no elements without `with_gradients`).
 
     The logits of a sequence (6.6 GB) are written once by the product, read and replaced by their gradients once, and read by two
-    products; they never exist in fp32, and a quarter of them at a time. w's gradients are added up in fp32. Idea: the fused linear
+    products; they never exist in fp32, and half of them at a time. w's gradients are added up in fp32. Idea: the fused linear
     cross-entropy of Liger Kernel (https://arxiv.org/abs/2410.10989).
     """
     w_low = w.to(x.dtype)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    grad_x, grad_w = (torch.zeros_like(x), torch.zeros_like(w)) if with_gradients else (x.new_empty(0), w.new_empty(0))
+    grad_x, grad_w = (torch.empty_like(x), torch.zeros_like(w)) if with_gradients else (x.new_empty(0), w.new_empty(0))
     for start in range(0, len(x), HEAD_CHUNK_TOKENS):
         chunk = slice(start, start + HEAD_CHUNK_TOKENS)
         z = x[chunk] @ w_low.T
         capped_cross_entropy_kernel[(len(z),)](z, targets[chunk], losses[chunk], 1 / len(x), LOGITS=len(w), CAP=LOGIT_CAP,
-                                               WITH_GRADIENTS=with_gradients, TILE=4096, num_warps=8)
+                                               WITH_GRADIENTS=with_gradients, **HEAD_TILE)
         if with_gradients:
             torch.mm(z, w_low, out=grad_x[chunk])
             grad_w += z.T @ x[chunk]
@@ -902,7 +903,7 @@ def keep_for_head_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 
 def head_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     grad_x, grad_w = ctx.saved_tensors
-    return grad * grad_x, grad * grad_w, None, None
+    return (grad * grad_x.float()).to(grad_x.dtype), grad * grad_w, None, None  # a product in bf16 would round grad first
 
 
 fused_head.register_autograd(head_backward, setup_context=keep_for_head_backward)
@@ -1032,8 +1033,7 @@ class GPT(nn.Module):
         skip_weights, block_lambdas, attn_lambdas = self.scalars[:L], self.scalars[L : 3 * L].view(L, 2), self.scalars[3 * L :].view(L, 2)
         long_mask, short_mask = self.attention_masks(tokens, self.end_of_text, window)
         # A value embedding enters here: each table is read once, and every layer that shares it gets the same rows.
-        embedding, *values = self.embeddings(tokens)
-        x0 = norm(embedding)
+        x0, *values = self.embeddings(tokens)
         x = x0.view_as(x0)  # no x0 itself, for which `compile_parts` would make the first block a kind of its own
         outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -1048,7 +1048,8 @@ class GPT(nn.Module):
     def compile_parts(self) -> None:
         """The path "blocks": compile each kind of block once, and what stands before and behind them.
 
-        Blocks of one kind share a program, as long as it takes their parameters as inputs. Idea: regional compilation
+        Blocks of one kind share a program, as long as it takes their parameters as inputs. What stands between blocks (the skips' sums,
+        the sum of x0's gradients) is then in no program. Idea: regional compilation
         (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
         """
         for block in self.blocks:
@@ -1058,12 +1059,14 @@ class GPT(nn.Module):
         )
 
     def embeddings(self, tokens: Tensor) -> list[Tensor]:
-        """The rows (T, d) of `embed` and of each value embedding, for tokens (T,)."""
+        """The rows (T, d) of `embed`, normed, and of each value embedding, for tokens (T,)."""
         tables = [self.embed, *self.value_embeds]
-        if "tables" not in self.fast_paths or not torch.is_grad_enabled():
-            return [table(tokens) for table in tables]
-        occurrences = find_occurrences(tokens)
-        return [SortedEmbedding.apply(table.weight, tokens, *occurrences) for table in tables]
+        if "tables" in self.fast_paths and torch.is_grad_enabled():
+            occurrences = find_occurrences(tokens)
+            rows = [SortedEmbedding.apply(table.weight, tokens, *occurrences) for table in tables]
+        else:
+            rows = [table(tokens) for table in tables]
+        return [norm(rows[0]), *rows[1:]]
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (T,), from the last block's x (T, d)."""
@@ -1430,6 +1433,8 @@ def check_keys_together(hp: Hyperparameters, ranks: Ranks) -> None:
     if val_sequences % ranks.world_size:
         sequences = f"{val_sequences} validation sequences of {hp.val_seq_len} tokens"
         raise ValueError(f"val_tokens: {sequences} cannot be divided among {ranks.world_size} ranks; {fix}")
+    if hp.fast_paths and torch.cuda.is_available() and triton is None:
+        raise ValueError("fast_paths: needs Triton, which is not installed; install it or leave the key out")
     # The nodes' torchruns count restarts each for itself, so that restarted ranks would wait for each other for ever.
     if ranks.world_size > ranks.local_world_size and ranks.launched and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ValueError("torchrun cannot restart this program on several nodes; use --max-restarts=0")

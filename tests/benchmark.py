@@ -4,21 +4,23 @@ On a GPU: the full-size model on one, in bf16, compiled. Plain is PyTorch's own 
 the script's FAST_PATHS. Both are timed in turn, in the same process, and the medians compared. On a CPU it runs a tiny size
 with Triton's kernels interpreted, which shows that the benchmark works and nothing else.
 
-Parts, in this order (naming some runs only them):
+Parts (naming some runs only them, in the order named):
     machine     the rate of a large product in the model's dtype and of a copy, from which the floors follow
-    start       compile time, cold and with the caches of the run before, and peak memory: in processes of their own
     parts       masks, embeddings, attention, MLP, head and loss, one sequence forward and backward
-    step        AdamW, an eighth of Muon (as one of 8 ranks has it), all of Muon, the step of 8 accumulated sequences
+    step        the step of 8 accumulated sequences, AdamW, an eighth of Muon (as one of 8 ranks has it), all of Muon
     tables      one sequence and AdamW with 0, 3, 4, 5, 8 and 15 value-embedding tables, compiled by parts both ways
-    options     FlexAttention's kernel options (only where named)
+    start       compile time, cold and with the caches of the run before, and peak memory: in processes of their own
+    options     FlexAttention's kernel options, and other tiles for the MLP and the head (only where named)
 
-A floor is the larger of operations over the measured rate and bytes over the measured bandwidth, of what the function must
-read and write. Tokens are of the first FineWeb shard in data/fineweb10B, or else made: Zipfian ids, documents of log-normal
-length, 700 tokens in the mean. After TIME_LIMIT_S no further part is begun; the last line names those left out. A part that
-fails does not stop the others; the exit status is then 1.
+Windows are of the middle of a run, where nothing else is said. A floor is the larger of operations over the measured rate and
+bytes over the measured bandwidth, of what the function must read and write. Tokens are of the first FineWeb shard in
+data/fineweb10B, or else made: Zipfian ids, documents of log-normal length, 700 tokens in the mean. After TIME_LIMIT_S nothing
+more is begun; the last lines name what was left out. A part that fails does not stop the others; the exit status is then 1.
+The JSON is written anew after each part.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -50,8 +52,10 @@ from helpers import write_shard  # noqa: E402
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 REPEATS, UNTIMED = (15, 3) if ON_GPU else (1, 0)  # calls of what is timed
+REPEATS_OF_LONG = 5 if ON_GPU else 1  # of whole steps
 PEAK_TFLOPS = 989.4  # of an H100 SXM in dense bf16, for the MFU
-TIME_LIMIT_S = 440  # of the 8 minutes, with time for what has begun
+TIME_LIMIT_S = 450  # of the 8 minutes, with time for what has begun
+MIDDLE_STEP = next(step for step in range(5960) if train.window_blocks(step, 5960) == 14)
 TABLES = {
     0: [],
     3: [[0, 13], [1, 14], [2, 15]],
@@ -60,16 +64,23 @@ TABLES = {
     8: [[0, 8], [1, 9], [2, 10], [3, 11], [4, 12], [5, 13], [6, 14], [15]],
     15: [[layer] for layer in range(16) if layer != 7],
 }
-WINDOWS = (3, 14, 27) if ON_GPU else (2,)  # blocks: long windows early and late in a run, and the short one late in a run
+WINDOWS = (3, 14, 27) if ON_GPU else (2,)  # blocks
 FLEX_OPTIONS = [
     {"ROWS_GUARANTEED_SAFE": True},
-    {"BLOCKS_ARE_CONTIGUOUS": True, "ROWS_GUARANTEED_SAFE": True},
     {"PRESCALE_QK": True},
     {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 2},
     {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
     {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64, "bwd_num_warps": 8, "bwd_num_stages": 2},
     {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4, "bwd_num_stages": 3},
 ]
+
+MLP_TILES = [
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+    dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=4),
+]
+HEAD_TILES = [dict(TILE=4096, num_warps=8), dict(TILE=8192, num_warps=32), dict(TILE=65536, num_warps=32)]
 
 
 def configuration(**changes: Any) -> train.Hyperparameters:
@@ -96,7 +107,9 @@ class Bench:
     """The rows of the table: what was timed, in ms, plain and fast, and the floor."""
 
     def __init__(self) -> None:
+        self.began = time.monotonic()
         self.rows: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
         self.record: dict[str, Any] = {}
         self.rate, self.bandwidth = 0.0, 0.0  # operations and bytes a second; 0: not measured
         self.hp = configuration()
@@ -109,19 +122,26 @@ class Bench:
     def floor_ms(self, operations: float, moved: float) -> float | None:
         return None if not self.bandwidth else 1000 * max(operations / self.rate, moved / self.bandwidth)
 
-    def add(self, name: str, functions: dict[str, Callable[[], Any]], operations: float = 0, moved: float = 0) -> None:
-        """Time "plain" and, if it is there, "fast", in turn; each is first called UNTIMED times."""
+    def remaining_s(self) -> float:
+        return TIME_LIMIT_S - (time.monotonic() - self.began)
+
+    def add(self, name: str, functions: dict[str, Callable[[], Any]], operations: float = 0, moved: float = 0, repeats: int = REPEATS) -> dict[str, Any]:
+        """Time "plain" and, if it is there, "fast", in turn; each is first called UNTIMED times. The row, {} where no time is left."""
+        if self.remaining_s() < 0:
+            self.left_out.append(name)
+            return {}
         for function in functions.values():
             for _ in range(UNTIMED):
                 function()
         times: dict[str, list[float]] = {which: [] for which in functions}
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             for which, function in functions.items():
                 times[which].append(time_once(function))
         row = dict(part=name, **{which: statistics.median(each) for which, each in times.items()}, floor=self.floor_ms(operations, moved))
-        row["tflops"] = operations / 1e12
+        row["tflop"] = operations / 1e12
         self.rows.append(row)
         print(format_row(row), flush=True)
+        return row
 
 
 def time_once(function: Callable[[], Any]) -> float:
@@ -131,6 +151,7 @@ def time_once(function: Callable[[], Any]) -> float:
         function()
         return 1000 * (time.perf_counter() - began)
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(4_000_000)  # cycles, about 2 ms, in which the CPU gets ahead, as it is in training
     start.record()
     function()
     stop.record()
@@ -148,8 +169,16 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False) if ON_GPU else function
 
 
+def release_memory() -> None:
+    """Give back what is left of models before: compiled methods and optimizers keep them in cycles."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
 def both(make: Callable[[train.Hyperparameters], Callable[[], Any]], **changes: Any) -> dict[str, Callable[[], Any]]:
     """What `make` makes of the plain and of the fast configuration."""
+    release_memory()
     paths = {"plain": []} | ({} if FAST is None else {"fast": FAST})
     return {which: make(configuration(fast_paths=names, **changes)) for which, names in paths.items()}
 
@@ -201,11 +230,11 @@ def visible_pairs(mask_lists: train.BlockLists) -> int:
 def flex_inputs(bench: Bench, window: int) -> tuple[list[torch.Tensor], torch.Tensor, train.Mask, int]:
     """q, k, v, the gradient of the output, the mask of a window, and the pairs it lets through, of the first sequence."""
     T, heads = bench.hp.train_seq_len, bench.hp.num_heads
-    q, k, v, grad = (torch.randn(1, heads, T, train.HEAD_DIM, device=DEVICE, dtype=DTYPE) for _ in range(4))
+    q, k, v, grad = (torch.randn(1, T, heads, train.HEAD_DIM, device=DEVICE, dtype=DTYPE).transpose(1, 2) for _ in range(4))  # as in the model
     docs = train.document_ids(bench.inputs[0], bench.hp.vocab_size - 1)
     lists = train.clip_to_window(train.document_blocks(docs), torch.tensor(window, dtype=torch.int32, device=DEVICE))
     mask = (train.flex_mask if ON_GPU else train.dense_mask)(lists, docs)
-    return [x.requires_grad_() for x in (q, k, v)], grad, mask, visible_pairs(lists)
+    return [x.detach().requires_grad_() for x in (q, k, v)], grad, mask, visible_pairs(lists)
 
 
 def measure_parts(bench: Bench) -> None:
@@ -225,6 +254,7 @@ def measure_parts(bench: Bench) -> None:
     for blocks in WINDOWS:
         (q, k, v), grad, mask, pairs = flex_inputs(bench, blocks)
         attend = compiled(train.attend)
+        release_memory()
         operations = 4 * pairs * train.HEAD_DIM * hp.num_heads
         bench.add(f"attention, window {blocks}, forward", {"plain": lambda: attend(q, k, v, mask)}, operations)
         out = attend(q, k, v, mask)
@@ -256,10 +286,10 @@ def measure_parts(bench: Bench) -> None:
 
         return run
 
-    bench.add("one sequence, forward and backward", both(whole), operations=sequence_operations(bench, 14))
-    mfu = {which: bench.rows[-1]["tflops"] / (bench.rows[-1][which] / 1000) / PEAK_TFLOPS for which in ("plain", "fast") if which in bench.rows[-1]}
-    bench.record["mfu"] = mfu
-    print(f"MFU of {PEAK_TFLOPS} TFLOP/s: " + ", ".join(f"{which} {value:.1%}" for which, value in mfu.items()))
+    row = bench.add("one sequence, forward and backward", both(whole), operations=sequence_operations(bench, 14))
+    if ON_GPU:
+        bench.record["mfu"] = mfu = {which: row["tflop"] / (row[which] / 1000) / PEAK_TFLOPS for which in ("plain", "fast") if which in row}
+        print(f"MFU of {PEAK_TFLOPS} TFLOP/s: " + ", ".join(f"{which} {value:.1%}" for which, value in mfu.items()))
 
 
 def model_size(hp: train.Hyperparameters) -> dict[str, int]:
@@ -277,29 +307,28 @@ def sequence_operations(bench: Bench, window: int) -> float:
 
 
 def measure_step(bench: Bench) -> None:
-    trainers = {}
+    trainers: list[train.Trainer] = []
 
     def make_trainer(hp: train.Hyperparameters) -> Callable[[], Any]:
-        trainers[bool(hp.fast_paths)] = trainer = train.Trainer(hp, train.Ranks.from_environment())
-        return lambda: trainer.train_step(0, bench.inputs, bench.targets)
+        trainers.append(trainer := train.Trainer(hp, train.Ranks.from_environment()))
+        trainer.raw_model.load_state_dict(make_model(hp).state_dict())
+        return lambda: trainer.train_step(MIDDLE_STEP, bench.inputs, bench.targets)
 
     with tempfile.TemporaryDirectory() as folder:  # the trainer opens the validation shards
         write_shard(Path(folder) / "v.bin", made_tokens(10_000, bench.hp.vocab_size))
         steps = both(make_trainer, val_files=f"{folder}/v.bin")
-    trainer = trainers[False]
-    adamw, muon = trainer.optimizers
-    for p in trainer.raw_model.parameters():
+    sequences = bench.hp.sequences_per_step
+    bench.add(f"step of {sequences} sequences", steps, operations=sequences * sequence_operations(bench, 14), repeats=REPEATS_OF_LONG)
+    adamw, muon = trainers[0].optimizers
+    for p in trainers[0].raw_model.parameters():
         p.grad = torch.randn_like(p)
-    moved = {optimizer: sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"]) for optimizer in (adamw, muon)}
-    bench.add("AdamW", {"plain": adamw.step}, moved=7 * moved[adamw])
+    moved = sum(p.numel() * p.element_size() for group in adamw.param_groups for p in group["params"])
+    bench.add("AdamW", {"plain": adamw.step}, moved=7 * moved)  # weight, gradient and both moments read, all but the gradient written
     eighth = train.Muon([dict(group, params=group["params"][::8]) for group in muon.param_groups], lr=0.025, rank=0, world_size=1)
     eighth.update = muon.update
     for name, optimizer in (("Muon, an eighth", eighth), ("Muon, all", muon)):
         operations = sum(newton_schulz_operations(p) for group in optimizer.param_groups for p in group["params"])
         bench.add(name, {"plain": optimizer.step}, operations)
-    trainer.raw_model.zero_grad(set_to_none=True)
-    sequences = bench.hp.sequences_per_step
-    bench.add(f"step of {sequences} sequences", steps, operations=sequences * sequence_operations(bench, 1))
 
 
 def newton_schulz_operations(p: torch.Tensor) -> float:
@@ -315,11 +344,17 @@ def measure_start(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as caches:
             folders = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
             for temperature in ("cold", "warm"):
-                result = subprocess.run([sys.executable, __file__, "--one-start", which], env=os.environ | folders, capture_output=True, text=True)
+                name = f"{which}, {temperature}"
+                command = [sys.executable, __file__, "--one-start", which]
+                try:
+                    result = subprocess.run(command, env=os.environ | folders, capture_output=True, text=True, timeout=max(0, bench.remaining_s()))
+                except subprocess.TimeoutExpired:
+                    bench.left_out.append(f"start, {name}")
+                    continue
                 if result.returncode:
-                    raise RuntimeError(f"start, {which}, {temperature}: {result.stderr[-2000:]}")
-                bench.record["start"][f"{which}, {temperature}"] = figures = json.loads(result.stdout.splitlines()[-1])
-                print(f"start, {which}, {temperature}: " + ", ".join(f"{name} {value:,.1f}" for name, value in figures.items()), flush=True)
+                    raise RuntimeError(f"start, {name}: {result.stderr[-2000:]}")
+                bench.record["start"][name] = figures = json.loads(result.stdout.splitlines()[-1])
+                print(f"start, {name}: " + ", ".join(f"{figure} {value:,.1f}" for figure, value in figures.items()), flush=True)
 
 
 def one_start(which: str) -> None:
@@ -348,7 +383,8 @@ def one_start(which: str) -> None:
 
 
 def measure_tables(bench: Bench) -> None:
-    """The step of a rank of 8 but for Muon and the ranks' sums: one sequence and AdamW of the tables. And the slope over the tables."""
+    """The step of a rank of 8 but for Muon and the ranks' sums: one sequence, and AdamW of the tables. And the least-squares cost
+    of a table and of a layer that uses one."""
     tokens, targets = bench.inputs[0], bench.targets[0]
     window = torch.tensor(14, dtype=torch.int32, device=DEVICE)
     counts = [0, 3, 4, 5, 8, 15] if ON_GPU else [0, 3]
@@ -368,19 +404,32 @@ def measure_tables(bench: Bench) -> None:
 
         return run
 
-    first = len(bench.rows)
+    rows = {}
     for count in counts:
-        bench.add(f"sequence and AdamW, {count} tables", both(run_of, value_embeddings=TABLES[count]))
-    rows = bench.rows[first:]
-    slopes = {which: float(np.polyfit(counts, [row[which] for row in rows], 1)[0]) for which in ("plain", "fast") if which in rows[0]}
-    bench.record["ms_a_table"] = slopes
-    print("a table costs " + ", ".join(f"{value:.2f} ms {which}" for which, value in slopes.items()))
+        rows[count] = bench.add(f"sequence and AdamW, {count} tables", both(run_of, value_embeddings=TABLES[count]), repeats=REPEATS_OF_LONG)
+    timed = [count for count in counts if rows[count]]
+    if len(timed) < 3:
+        return
+    numbers = np.array([[1, count, sum(map(len, TABLES[count]))] for count in timed])
+    for which in ("plain", "fast") if "fast" in rows[timed[0]] else ("plain",):
+        _, a_table, a_use = np.linalg.lstsq(numbers, np.array([rows[count][which] for count in timed]), rcond=None)[0]
+        bench.record.setdefault("table_ms", {})[which] = dict(table=float(a_table), use=float(a_use))
+        print(f"{which}: a table costs {a_table:.2f} ms, each layer that uses one {a_use:.2f} ms")
+
+
+def try_options(bench: Bench, what: str, candidates: list[dict[str, Any]], plain: Callable[[], Any], with_options: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
+    """A row for each candidate: plain, what there is; fast, with the candidate. One that does not work is named with its error."""
+    for options in candidates:
+        name = f"{what}: {json.dumps(options)}"
+        try:
+            bench.add(name, {"plain": plain, "fast": with_options(options)})
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 
 def measure_options(bench: Bench) -> None:
-    """FlexAttention under each of FLEX_OPTIONS; plain: none, fast: these. An option that cannot be compiled is named with its error."""
-    if not ON_GPU:
-        return print("FlexAttention's options: only on a GPU")
+    if not ON_GPU or FAST is None:
+        return print("options: only on a GPU, with Triton")
     (q, k, v), grad, mask, _ = flex_inputs(bench, 14)
 
     def run_of(options: dict[str, Any] | None) -> Callable[[], Any]:
@@ -390,22 +439,43 @@ def measure_options(bench: Bench) -> None:
         function = compiled(attend)
         return lambda: torch.autograd.grad(function(q, k, v), (q, k, v), grad)
 
-    plain = run_of(None)
-    for options in FLEX_OPTIONS:
-        try:
-            bench.add(f"attention, {json.dumps(options)}", {"plain": plain, "fast": run_of(options)})
-        except Exception as error:
-            print(f"attention, {json.dumps(options)}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    try_options(bench, "attention", FLEX_OPTIONS, run_of(None), run_of)
+
+    model = make_model(configuration(fast_paths=["mlp", "head"]))
+    x = torch.randn(bench.hp.train_seq_len, bench.hp.model_dim, device=DEVICE, dtype=DTYPE).requires_grad_()
+    mlp = model.blocks[0].mlp
+    run_mlp = forward_and_backward(mlp.forward, [x, mlp.fc_w, mlp.proj_w], x)
+    run_head = forward_and_backward(model.loss, [x, model.lm_head_w], x, bench.targets[0])
+
+    def under(name: str, run: Callable[[], Any]) -> Callable[[dict[str, Any]], Callable[[], Any]]:
+        """`run` with another value of a constant of the script."""
+
+        def with_options(options: dict[str, Any]) -> Callable[[], Any]:
+            def call() -> None:
+                kept = getattr(train, name)
+                setattr(train, name, options)
+                try:
+                    run()
+                finally:
+                    setattr(train, name, kept)
+
+            return call
+
+        return with_options
+
+    try_options(bench, "MLP", MLP_TILES, run_mlp, under("RELU_SQUARED_TILE", run_mlp))
+    try_options(bench, "head and loss", HEAD_TILES, run_head, under("HEAD_TILE", run_head))
 
 
 MEASURES = {
-    "machine": measure_machine, "start": measure_start, "parts": measure_parts, "step": measure_step, "tables": measure_tables,
+    "machine": measure_machine, "parts": measure_parts, "step": measure_step, "tables": measure_tables, "start": measure_start,
     "options": measure_options,
 }
 
 
 def describe_machine() -> dict[str, Any]:
-    device = torch.cuda.get_device_name(0) if ON_GPU else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Triton interpreted"
+    kernels = "no Triton" if FAST is None else "Triton interpreted"
+    device = torch.cuda.get_device_name(0) if ON_GPU else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {kernels}"
     return dict(device=device, date=time.strftime("%Y-%m-%d"), python=platform.python_version(), torch=torch.__version__,
                 triton=getattr(train.triton, "__version__", None))
 
@@ -418,6 +488,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in MEASURES]:
         parser.error(f"there is no part {unknown[0]}; there are {', '.join(MEASURES)}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {arguments.json.parent}; make it first")
     if ON_GPU:
         torch.cuda.set_device(DEVICE)
     torch._dynamo.config.recompile_limit = 64  # the models of one process differ in their tables
@@ -426,31 +498,26 @@ def main() -> int:
         one_start(arguments.one_start)
         dist.destroy_process_group()
         return 0
-    began, bench, left_out, failed = time.monotonic(), Bench(), [], []
-    bench.record = describe_machine() | dict(tokens=bench.tokens_from, configuration=asdict(bench.hp))
+    bench = Bench()
+    bench.record = describe_machine() | dict(tokens=bench.tokens_from, configuration=asdict(bench.hp), rows=bench.rows, left_out=bench.left_out, failed=[])
     print(", ".join(str(value) for value in describe_machine().values()) + f"; tokens: {bench.tokens_from}; ms: plain, fast, ratio, floor")
     for part in arguments.parts or [part for part in MEASURES if part != "options"]:
-        if time.monotonic() - began > TIME_LIMIT_S:
-            left_out.append(part)
-            continue
         try:
             MEASURES[part](bench)
         except Exception:
-            failed.append(part)
+            bench.record["failed"].append(part)
             traceback.print_exc()
-        if ON_GPU:
-            torch.cuda.empty_cache()
+        release_memory()
+        bench.record["seconds"] = time.monotonic() - bench.began
+        if arguments.json:
+            arguments.json.write_text(json.dumps(bench.record, indent=1) + "\n")
     print("\n| part | plain ms | fast ms | ratio | floor ms |\n|---|---|---|---|---|")
     print("\n".join(format_row(row) for row in bench.rows))
-    if left_out:
-        print(f"not measured, for lack of time: {', '.join(left_out)}")
-    if failed:
-        print(f"failed, as printed above: {', '.join(failed)}")
-    bench.record |= dict(rows=bench.rows, left_out=left_out, failed=failed, seconds=time.monotonic() - began)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(bench.record, indent=1) + "\n")
+    for what, names in (("not measured, for lack of time", bench.left_out), ("failed, as printed above", bench.record["failed"])):
+        if names:
+            print(f"{what}: {', '.join(names)}")
     dist.destroy_process_group()
-    return 1 if failed else 0
+    return 1 if bench.record["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ def test_check_leaves_no_trace(check, small_config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["small.toml"]
 
 
+def test_fast_paths_need_triton_on_cuda(check, small_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "triton", None)
+    assert_one_line(check(small_config(fast_paths=["mlp"])), "small.toml: fast_paths: needs Triton", "leave the key out")
+
+
 BAD_KEYS = [
     ("num_iteration", 5, "unknown key", "num_iterations"),
     ("Train_Seq_Len", 5, "unknown key", "train_seq_len"),

