@@ -53,10 +53,16 @@ find_python() {
 if [ "${1-}" = test ]; then
     shift
     cd "$here"
-    packages="torch numpy huggingface_hub tqdm pytest scipy matplotlib"
+    packages="torch numpy huggingface_hub tqdm pytest pytest-xdist scipy matplotlib"
     [ "$(uname)" != Linux ] || packages+=" triton"
     find_python "$packages" requirements.txt tests/requirements.txt
-    exec "$python" -m pytest "$@"
+    if command -v nvidia-smi >/dev/null; then
+        workers=0 # tests side by side would not fit a GPU's memory
+    else
+        workers=2
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # of each worker and each rank
+    fi
+    exec "$python" -m pytest --numprocesses "$workers" --dist worksteal "$@"
 fi
 
 runs=1

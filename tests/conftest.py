@@ -1,5 +1,6 @@
 """Makes `import train_gpt_medium` work from anywhere, and says what the markers mean."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for the kernels of the fast paths; Triton looks at it when they are defined
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import write_config, write_shard, random_tokens  # noqa: E402
+from helpers import random_tokens, train_in_child, write_config, write_shard  # noqa: E402
 
 
 def pytest_configure(config):
@@ -50,6 +51,24 @@ def small_config(small_data, tmp_path):
         return write_config(tmp_path / "small.toml", **keys | changes)
 
     return make
+
+
+@pytest.fixture
+def in_child(monkeypatch, tmp_path):
+    """Starts the program, one rank, in a process forked from one that has imported it, seconds sooner than a new one; returns the process.
+
+    What it prints is in tmp_path / "output".
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers"])
+
+    def run(config, *options):
+        process = context.Process(target=train_in_child, args=([str(config), *map(str, options)], tmp_path / "output"))
+        process.start()
+        return process
+
+    return run
 
 
 @pytest.fixture(scope="session")

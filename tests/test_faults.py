@@ -1,6 +1,5 @@
 """Faults: whatever ends a run before its time, the same config and run_id begun again give the results of an undisturbed run."""
 
-import multiprocessing
 import os
 import random
 import re
@@ -135,27 +134,6 @@ def is_gone(pid):
 
 # -----------------------------------------------------------------------------
 # kill -9
-
-
-def train_in_child(arguments, output):
-    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1)
-    os.dup2(1, 2)
-    os._exit(train.main(arguments))
-
-
-@pytest.fixture
-def in_child(monkeypatch, tmp_path):
-    """Starts the program, one rank, in a process forked from one that has imported it; returns the process."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults"])
-
-    def run(config, *options):
-        process = context.Process(target=train_in_child, args=([str(config), *map(str, options)], tmp_path / "output"))
-        process.start()
-        return process
-
-    return run
 
 
 @pytest.mark.slow
