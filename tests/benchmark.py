@@ -10,6 +10,7 @@ Parts (naming some runs only them, in the order named):
     step        the step of 8 accumulated sequences, AdamW, an eighth of Muon (as one of 8 ranks has it), all of Muon
     tables      one sequence and AdamW with 0, 3, 4, 5, 8 and 15 value-embedding tables, compiled by parts both ways
     start       compile time, cold and with the caches of the run before, and peak memory: in processes of their own
+    profile     the kernels of one plain and one fast sequence that take longest (only where named)
     options     FlexAttention's kernel options, and other tiles for the MLP and the head (only where named)
 
 Windows are of the middle of a run, where nothing else is said. A floor is the larger of operations over the measured rate and
@@ -120,6 +121,19 @@ class Bench:
 
     def floor_ms(self, operations: float, moved: float) -> float | None:
         return None if not self.bandwidth else 1000 * max(operations / self.rate, moved / self.bandwidth)
+
+    def sequence(self, hp: train.Hyperparameters) -> Callable[[], Any]:
+        """Forward and backward of the first sequence, as a run has it compiled: plain as a whole, fast by parts."""
+        model, window = make_model(hp), torch.tensor(14, dtype=torch.int32, device=DEVICE)
+        function = model if hp.fast_paths else compiled(model)
+        if hp.fast_paths and ON_GPU:
+            model.compile_parts()
+
+        def run() -> None:
+            function(self.inputs[0], self.targets[0], window).backward()
+            model.zero_grad(set_to_none=True)
+
+        return run
 
     def remaining_s(self) -> float:
         return TIME_LIMIT_S - (time.monotonic() - self.began)
@@ -273,19 +287,7 @@ def measure_parts(bench: Bench) -> None:
 
     bench.add("head and loss", both(head), operations=6 * T * model_size(hp)["head"], moved=size * T * V * 3)
 
-    def whole(hp: train.Hyperparameters) -> Callable[[], Any]:
-        model = make_model(hp)
-        function = model if hp.fast_paths else compiled(model)
-        if hp.fast_paths and ON_GPU:
-            model.compile_parts()
-
-        def run() -> None:
-            function(tokens, targets, window).backward()
-            model.zero_grad(set_to_none=True)
-
-        return run
-
-    row = bench.add("one sequence, forward and backward", both(whole), operations=sequence_operations(bench, 14))
+    row = bench.add("one sequence, forward and backward", both(bench.sequence), operations=sequence_operations(bench, 14))
     if ON_GPU:
         bench.record["mfu"] = mfu = {which: row["tflop"] / (row[which] / 1000) / PEAK_TFLOPS for which in ("plain", "fast") if which in row}
         print(f"MFU of {PEAK_TFLOPS} TFLOP/s: " + ", ".join(f"{which} {value:.1%}" for which, value in mfu.items()))
@@ -416,6 +418,16 @@ def measure_tables(bench: Bench) -> None:
         print(f"{which}: a table costs {a_table:.2f} ms, each layer that uses one {a_use:.2f} ms")
 
 
+def measure_profile(bench: Bench) -> None:
+    activity = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
+    for which, run in both(bench.sequence).items():
+        for _ in range(UNTIMED):
+            run()
+        with torch.profiler.profile(activities=[activity]) as profile:
+            run()
+        print(f"{which}:\n{profile.key_averages().table(sort_by=f'self_{DEVICE.type}_time_total', row_limit=30, max_name_column_width=90)}")
+
+
 def try_options(bench: Bench, what: str, candidates: list[dict[str, Any]], plain: Callable[[], Any], with_options: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
     """A row for each candidate: plain, what there is; fast, with the candidate. One that does not work is named with its error."""
     for options in candidates:
@@ -468,7 +480,7 @@ def measure_options(bench: Bench) -> None:
 
 MEASURES = {
     "machine": measure_machine, "parts": measure_parts, "step": measure_step, "tables": measure_tables, "start": measure_start,
-    "options": measure_options,
+    "profile": measure_profile, "options": measure_options,
 }
 
 
@@ -481,7 +493,7 @@ def describe_machine() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", metavar="PART", nargs="*", help=f"of {', '.join(MEASURES)}; default: all but options")
+    parser.add_argument("parts", metavar="PART", nargs="*", help=f"of {', '.join(MEASURES)}; default: all but the last two")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--one-start", choices=("plain", "fast"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -500,7 +512,7 @@ def main() -> int:
     bench = Bench()
     bench.record = describe_machine() | dict(tokens=bench.tokens_from, configuration=asdict(bench.hp), rows=bench.rows, left_out=bench.left_out, failed=[])
     print(", ".join(str(value) for value in describe_machine().values()) + f"; tokens: {bench.tokens_from}; ms: plain, fast, ratio, floor")
-    for part in arguments.parts or [part for part in MEASURES if part != "options"]:
+    for part in arguments.parts or list(MEASURES)[:-2]:
         try:
             MEASURES[part](bench)
         except Exception:

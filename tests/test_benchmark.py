@@ -26,6 +26,14 @@ def test_every_part_is_timed(tmp_path):
     assert f"| MLP | {rows['MLP']['plain']:,.2f} |" in result.stdout
 
 
+@pytest.mark.slow
+def test_profile_names_what_takes_longest():
+    command = [sys.executable, ROOT / "tests/benchmark.py", "profile"]
+    result = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "plain:" in result.stdout and "aten::mm" in result.stdout and "Self CPU time total" in result.stdout
+
+
 def test_an_unknown_part_is_a_mistake():
     result = subprocess.run([sys.executable, ROOT / "tests/benchmark.py", "part"], capture_output=True, text=True)
     assert result.returncode == 2 and "there is no part part; there are machine, parts," in result.stderr
