@@ -726,6 +726,9 @@ def row_sums_kernel(rows, ids, order, starts, count, sums, WIDTH: tl.constexpr, 
         i += tl.num_programs(0)
 
 
+ROW_SUMS_TILE = dict(ROWS=32, COLUMNS=128)
+
+
 @torch.library.custom_op("train_gpt_medium::embedding_gradient", mutates_args=())
 def embedding_gradient(grad: Tensor, vocab_size: int, ids: Tensor, order: Tensor, starts: Tensor, count: Tensor) -> Tensor:
     """(V, d) gradient of a table from that of its rows (T, d), and the `Occurrences`. Added up in fp32 and rounded once, always in the same order.
@@ -734,8 +737,8 @@ def embedding_gradient(grad: Tensor, vocab_size: int, ids: Tensor, order: Tensor
     """
     width = grad.size(1)
     sums = grad.new_zeros(vocab_size, width)
-    programs = (min(len(ids), 512), width // 128)
-    row_sums_kernel[programs](grad.contiguous(), ids, order, starts, count, sums, WIDTH=width, ROWS=32, COLUMNS=128)
+    programs = (min(len(ids), 512), width // ROW_SUMS_TILE["COLUMNS"])
+    row_sums_kernel[programs](grad.contiguous(), ids, order, starts, count, sums, WIDTH=width, **ROW_SUMS_TILE)
     return sums
 
 
@@ -836,7 +839,7 @@ def keep_for_mlp_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Te
 fused_mlp.register_autograd(lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=keep_for_mlp_backward)
 
 HEAD_CHUNK_TOKENS = 32 * 1024  # logits of 3.3 GB at once
-HEAD_TILE = dict(TILE=4096, num_warps=16)  # so many warps that the rows at work, 0.1 MB each, fit the L2 cache
+HEAD_TILE = dict(TILE=4096, num_warps=32)  # so many warps that the rows at work, two a multiprocessor and 0.1 MB each, fit the L2 cache
 
 
 @jit

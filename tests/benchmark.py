@@ -80,7 +80,7 @@ MLP_TILES = [
     dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=4),
 ]
-HEAD_TILES = [dict(TILE=4096, num_warps=8), dict(TILE=8192, num_warps=32), dict(TILE=65536, num_warps=32)]
+HEAD_TILES = [dict(TILE=4096, num_warps=8), dict(TILE=4096, num_warps=16), dict(TILE=8192, num_warps=32), dict(TILE=65536, num_warps=32)]
 
 
 def configuration(**changes: Any) -> train.Hyperparameters:

@@ -1,6 +1,10 @@
 """Fast paths: each computes what the plain path computes, its kernels in Triton's interpreter, in fp32; on a GPU: test_gpu.py."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ import torch.nn.functional as F
 
 import train_gpt_medium as train
 from golden import golden_weights
-from helpers import start_trainer
+from helpers import ROOT, start_trainer
 
 CPU = torch.device("cpu")
 EACH = [["tables"], ["mlp"], ["head"]]
@@ -190,6 +194,20 @@ def test_model_has_the_same_loss_and_gradients(paths, plain_result):
 def test_operators_are_what_the_compiler_is_told(operator, arguments):
     """PyTorch's own check: no input is changed, no output is an input's memory, the fake results have the real ones' form."""
     torch.library.opcheck(operator, arguments())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(train.triton is None, reason="needs Triton")
+def test_kernels_compile_for_an_h100():
+    """At full size and in bf16, as far as a compiler can tell: within its shared memory, no register spilled, products by Hopper's units."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, ROOT / "tests/kernels_for_h100.py"], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = json.loads(result.stdout)
+    assert len(kernels) == 5
+    for name, kernel in kernels.items():
+        assert 0 < kernel["shared"] <= 227 * 1024 and 0 < kernel["registers"] <= 255 and kernel["spilled"] == 0, name
+        assert kernel["wgmma"] == name.startswith("relu squared"), name
 
 
 @interpreted
