@@ -62,3 +62,9 @@ def start_trainer(config, **overrides):
     """A trainer in this process, which must be in a process group."""
     overrides = {name: str(value) for name, value in {"seed": 0, "run_id": 0, **overrides}.items()}
     return train.Trainer(train.load_hyperparameters(config, overrides), train.Ranks.from_environment())
+
+
+def weights_and_states(trainer):
+    """Copies of a trainer's weights and of its optimizers' states."""
+    states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values() if value is not None]
+    return [tensor.clone() for tensor in (*trainer.raw_model.state_dict().values(), *states)]

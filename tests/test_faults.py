@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_gpt_medium as train
-from helpers import PROGRAM, ROOT, TRAIN_LINE, VAL_LINE, start_trainer
+from helpers import PROGRAM, ROOT, TRAIN_LINE, VAL_LINE, start_trainer, weights_and_states
 
 STEPS = 16
 RUN = ["--run_id", "0", "--checkpoint_every", "3"]
@@ -445,11 +445,6 @@ def test_a_run_that_another_process_is_at_is_refused(trainer_at, monkeypatch):
 # The parts
 
 
-def everything(trainer):
-    states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values() if value is not None]
-    return [tensor.clone() for tensor in (*trainer.raw_model.state_dict().values(), *states)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restoring_is_the_inverse_of_collecting(config, process_group, dtype):
     """Also of bf16 weights, whose lower 16 bits are in the optimizer's state, to the last bit."""
@@ -465,9 +460,9 @@ def test_restoring_is_the_inverse_of_collecting(config, process_group, dtype):
             optimizer.step()
         trainers.append(trainer)
     first, second = trainers
-    assert not any(torch.equal(a, b) for a, b in zip(everything(first), everything(second)) if a.numel() > 1)
+    assert not any(torch.equal(a, b) for a, b in zip(weights_and_states(first), weights_and_states(second)) if a.numel() > 1)
     second.restore(first.collect(with_optimizers=True), with_optimizers=True)
-    assert len(everything(first)) == len(everything(second)) and all(map(torch.equal, everything(first), everything(second)))
+    assert len(weights_and_states(first)) == len(weights_and_states(second)) and all(map(torch.equal, weights_and_states(first), weights_and_states(second)))
 
 
 def test_random_states_go_on(config, process_group):

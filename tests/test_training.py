@@ -9,7 +9,7 @@ import torch
 
 import train_gpt_medium as train
 from golden import CASES, golden_weights, write_golden_case
-from helpers import PROGRAM, TRAIN_LINE, VAL_LINE, run_program, start_trainer, val_losses, write_config
+from helpers import PROGRAM, TRAIN_LINE, VAL_LINE, run_program, start_trainer, val_losses, weights_and_states, write_config
 
 
 def assert_golden(losses, name):
@@ -123,9 +123,7 @@ def test_lines_to_the_letter():
 
 
 def everything(trainer):
-    """Weights and optimizer states of a trainer, and the random state."""
-    states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values() if value is not None]
-    return [tensor.clone() for tensor in (*trainer.raw_model.state_dict().values(), *states, torch.get_rng_state())]
+    return [*weights_and_states(trainer), torch.get_rng_state()]
 
 
 def test_warm_up_leaves_no_trace(small_config, process_group):
