@@ -56,14 +56,9 @@ REPEATS_OF_LONG = 5 if ON_GPU else 1  # of whole steps
 PEAK_TFLOPS = 989.4  # of an H100 SXM in dense bf16, for the MFU
 TIME_LIMIT_S = 450  # of the 8 minutes, with time for what has begun
 MIDDLE_STEP = next(step for step in range(5960) if train.window_blocks(step, 5960) == 14)
-TABLES = {
-    0: [],
-    3: [[0, 13], [1, 14], [2, 15]],
-    4: [[0, 12], [1, 13], [2, 14], [3, 15]],
-    5: [[0, 11], [1, 12], [2, 13], [3, 14], [4, 15]],
-    8: [[0, 8], [1, 9], [2, 10], [3, 11], [4, 12], [5, 13], [6, 14], [15]],
-    15: [[layer] for layer in range(16) if layer != 7],
-}
+MAPS = [train.load_hyperparameters(ROOT / f"configs/{name}.toml", {}).value_embeddings for name in ("none", "baseline", "add_1", "add_2", "add_5")]
+MAPS.append([[layer] for layer in range(train.NUM_LAYERS) if layer != train.NO_ATTENTION_LAYER])
+TABLES = {len(tables): tables for tables in MAPS}
 WINDOWS = (3, 14, 27) if ON_GPU else (2,)  # blocks
 FLEX_OPTIONS = [
     {"ROWS_GUARANTEED_SAFE": True},
@@ -122,18 +117,25 @@ class Bench:
     def floor_ms(self, operations: float, moved: float) -> float | None:
         return None if not self.bandwidth else 1000 * max(operations / self.rate, moved / self.bandwidth)
 
-    def sequence(self, hp: train.Hyperparameters) -> Callable[[], Any]:
-        """Forward and backward of the first sequence, as a run has it compiled: plain as a whole, fast by parts."""
-        model, window = make_model(hp), torch.tensor(14, dtype=torch.int32, device=DEVICE)
-        function = model if hp.fast_paths else compiled(model)
-        if hp.fast_paths and ON_GPU:
+    def sequence(self, hp: train.Hyperparameters, by_parts: bool, with_adamw: bool = False) -> Callable[[], Any]:
+        """Forward and backward of the first sequence, the model compiled by parts or as a whole; and AdamW's step."""
+        model, window = make_model(hp), train.window_tensor(14, DEVICE)
+        adamw, _ = train.make_optimizers(model, rank=0, world_size=1)
+        function = model if by_parts else compiled(model)
+        if by_parts and ON_GPU:
             model.compile_parts()
 
         def run() -> None:
             function(self.inputs[0], self.targets[0], window).backward()
+            if with_adamw:
+                adamw.step()
             model.zero_grad(set_to_none=True)
 
         return run
+
+    def sequence_as_run(self, hp: train.Hyperparameters) -> Callable[[], Any]:
+        """As a run has it compiled: plain as a whole, fast by parts."""
+        return self.sequence(hp, by_parts=bool(hp.fast_paths))
 
     def remaining_s(self) -> float:
         return TIME_LIMIT_S - (time.monotonic() - self.began)
@@ -254,8 +256,8 @@ def measure_parts(bench: Bench) -> None:
     hp = bench.hp
     T, d, V, tables = hp.train_seq_len, hp.model_dim, hp.vocab_size, 1 + len(hp.value_embeddings)
     tokens, targets, size = bench.inputs[0], bench.targets[0], torch.finfo(DTYPE).bits // 8
-    window = torch.tensor(14, dtype=torch.int32, device=DEVICE)
-    masks = compiled(train.attention_masks) if ON_GPU else train.attention_masks
+    window = train.window_tensor(14, DEVICE)
+    masks = compiled(train.attention_masks)
     bench.add("masks of a sequence", {"plain": lambda: masks(tokens, V - 1, window)})
 
     def embeddings(hp: train.Hyperparameters) -> Callable[[], Any]:
@@ -287,7 +289,7 @@ def measure_parts(bench: Bench) -> None:
 
     bench.add("head and loss", both(head), operations=6 * T * model_size(hp)["head"], moved=size * T * V * 3)
 
-    row = bench.add("one sequence, forward and backward", both(bench.sequence), operations=sequence_operations(bench, 14))
+    row = bench.add("one sequence, forward and backward", both(bench.sequence_as_run), operations=sequence_operations(bench, 14))
     if ON_GPU:
         bench.record["mfu"] = mfu = {which: row["tflop"] / (row[which] / 1000) / PEAK_TFLOPS for which in ("plain", "fast") if which in row}
         print(f"MFU of {PEAK_TFLOPS} TFLOP/s: " + ", ".join(f"{which} {value:.1%}" for which, value in mfu.items()))
@@ -384,26 +386,12 @@ def one_start(which: str) -> None:
 
 
 def measure_tables(bench: Bench) -> None:
-    """The step of a rank of 8 but for Muon and the ranks' sums: one sequence, and AdamW of the tables. And the least-squares cost
-    of a table and of a layer that uses one."""
-    tokens, targets = bench.inputs[0], bench.targets[0]
-    window = torch.tensor(14, dtype=torch.int32, device=DEVICE)
+    """The step of a rank of 8 but for Muon and the ranks' sums: one sequence and AdamW. And the least-squares cost of a table and of
+    a layer that uses one."""
     counts = [0, 3, 4, 5, 8, 15] if ON_GPU else [0, 3]
 
     def run_of(hp: train.Hyperparameters) -> Callable[[], Any]:
-        model = make_model(hp)
-        tables = list(model.value_embeds.parameters())
-        adamw = torch.optim.AdamW(tables, lr=0.3, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True) if tables else None
-        if ON_GPU:
-            model.compile_parts()
-
-        def run() -> None:
-            model(tokens, targets, window).backward()
-            if adamw is not None:
-                adamw.step()
-            model.zero_grad(set_to_none=True)
-
-        return run
+        return bench.sequence(hp, by_parts=True, with_adamw=True)
 
     rows = {}
     for count in counts:
@@ -420,7 +408,7 @@ def measure_tables(bench: Bench) -> None:
 
 def measure_profile(bench: Bench) -> None:
     activity = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
-    for which, run in both(bench.sequence).items():
+    for which, run in both(bench.sequence_as_run).items():
         for _ in range(UNTIMED):
             run()
         with torch.profiler.profile(activities=[activity]) as profile:
