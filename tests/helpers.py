@@ -64,6 +64,10 @@ def start_trainer(config, **overrides):
     return train.Trainer(train.load_hyperparameters(config, overrides), train.Ranks.from_environment())
 
 
+def relative_error(actual, reference):
+    return ((actual.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
 def weights_and_states(trainer):
     """Copies of a trainer's weights and of its optimizers' states."""
     states = [value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values() if value is not None]

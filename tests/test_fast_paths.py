@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import train_gpt_medium as train
 from golden import golden_weights
-from helpers import ROOT, start_trainer
+from helpers import ROOT, relative_error, start_trainer
 
 CPU = torch.device("cpu")
 EACH = [["tables"], ["mlp"], ["head"]]
@@ -21,10 +21,6 @@ interpreted = pytest.mark.skipif(not train.can_run_kernels(CPU), reason="needs T
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(actual, reference):
-    return ((actual.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def make_model(**keys):
@@ -41,6 +37,8 @@ def sequence(length=256, seed=0):
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     """The compiler keeps a number of programs for each function, whichever model's it was."""
+    torch._dynamo.reset()
+    yield
     torch._dynamo.reset()
 
 
@@ -255,10 +253,8 @@ def parts_without_kernels(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     monkeypatch.setattr(train, "dense_mask", train.flex_mask)
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    yield functools.partial(torch.empty, device="meta")
-    torch._dynamo.reset()
+    return functools.partial(torch.empty, device="meta")
 
 
 @pytest.mark.slow
