@@ -46,8 +46,9 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import train_gpt_medium as train  # noqa: E402
 from helpers import write_shard  # noqa: E402
+
+import train_gpt_medium as train  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

@@ -20,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_gpt_medium as train  # noqa: E402
 from helpers import write_shard  # noqa: E402
+
+import train_gpt_medium as train  # noqa: E402
 
 SHARDS, SHARD_TOKENS = 3, 100_000_000
 H100S_TOKENS_PER_SECOND = 2.2e6

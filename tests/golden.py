@@ -6,37 +6,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers import write_config
 
-from helpers import write_config, write_shard
+from data.shards import write_shard
 
 CASES = json.loads(Path(__file__).with_name("golden.json").read_text())
 LAYERS, NO_ATTENTION = 16, 7
 
 
-def golden_weights(num_tables, d, vocab_size):
+def golden_weights(value_embeddings, d, vocab_size, gate=False):
     """Every parameter in fp32: the standard normal numbers of RandomState(crc32(name)), scaled by its kind."""
+    tables_of = [[k for k, table in enumerate(value_embeddings) if i in table] for i in range(LAYERS)]
+    further = sum(max(0, len(tables) - 1) for tables in tables_of)
+    initial_scalars = [1.0] * LAYERS + [1.0, 0.0] * LAYERS + [0.5, 0.5] * LAYERS + [0.5] * further
 
     def normal(name, *shape):
         state = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF)
         return torch.from_numpy(state.standard_normal(shape).astype(np.float32))
 
-    def matrix(name, *shape):
-        return np.float32(0.5 * shape[-1] ** -0.5) * normal(name, *shape)
-
-    padded = -(-vocab_size // 128) * 128
-    initial_scalars = torch.tensor([1.0] * LAYERS + [1.0, 0.0] * LAYERS + [0.5, 0.5] * LAYERS)
     weights = {
         "embed.weight": normal("embed.weight", vocab_size, d),
-        "lm_head_w": np.float32(0.05) * normal("lm_head_w", padded, d),
-        "scalars": initial_scalars + np.float32(0.05) * normal("scalars", 5 * LAYERS),
+        "lm_head_w": np.float32(0.05) * normal("lm_head_w", -(-vocab_size // 128) * 128, d),
+        "scalars": torch.tensor(initial_scalars) + np.float32(0.05) * normal("scalars", len(initial_scalars)),
     }
-    for name in (f"value_embeds.{k}.weight" for k in range(num_tables)):
+    for name in (f"value_embeds.{k}.weight" for k in range(len(value_embeddings))):
         weights[name] = normal(name, vocab_size, d)
-    for i in range(LAYERS):
+    for i, tables in enumerate(tables_of):
         shapes = {f"blocks.{i}.mlp.fc_w": (4 * d, d), f"blocks.{i}.mlp.proj_w": (d, 4 * d)}
         if i != NO_ATTENTION:
             shapes[f"blocks.{i}.attn.qkvo_w"] = (4, d, d)
-        weights |= {name: matrix(name, *shape) for name, shape in shapes.items()}
+        if gate and tables:
+            shapes[f"blocks.{i}.attn.ve_gate_w"] = (d // 128, 16)
+        weights |= {name: np.float32(0.5 * shape[-1] ** -0.5) * normal(name, *shape) for name, shape in shapes.items()}
     return weights
 
 
@@ -62,7 +63,8 @@ def write_golden_case(name, folder):
     d, vocab_size = case["config"]["model_dim"], case["config"]["vocab_size"]
     for file, n, seed in (("t_train_000001", 40_000, 1), ("t_train_000002", 60_000, 2), ("t_val_000000", 20_000, 3)):
         write_shard(folder / f"{file}.bin", golden_tokens(n, seed, vocab_size))
-    torch.save({"model": golden_weights(len(case["value_embeddings"]), d, vocab_size)}, folder / "init.pt")
+    gate = case["config"].get("value_embedding_gate", False)
+    torch.save({"model": golden_weights(case["value_embeddings"], d, vocab_size, gate)}, folder / "init.pt")
     return write_config(
         folder / f"{name}.toml", **case["config"], value_embeddings=case["value_embeddings"], init_from=f"{folder}/init.pt",
         train_files=f"{folder}/t_train_*.bin", val_files=f"{folder}/t_val_*.bin", log_dir=f"{folder}/logs",

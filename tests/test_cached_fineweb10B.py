@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
 from helpers import ROOT, random_tokens, write_shard
 from hub import COMMIT, serve
 

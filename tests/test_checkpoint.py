@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import train_gpt_medium as train
 from golden import golden_weights
 from helpers import run_program, start_trainer, val_losses
+
+import train_gpt_medium as train
 
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
 

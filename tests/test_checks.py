@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 import torch
-
-import train_gpt_medium as train
 from golden import golden_weights
 from helpers import random_tokens, write_config, write_shard
+
+import train_gpt_medium as train
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from scipy import stats
 
 import train_gpt_medium as train
-from helpers import ROOT
 
 spec = importlib.util.spec_from_file_location("compare", ROOT / "logs" / "compare.py")
 compare = importlib.util.module_from_spec(spec)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, write_config
 
 import train_gpt_medium as train
-from helpers import ROOT, write_config
 
 CONFIGS = {path.stem: path for path in (ROOT / "configs").glob("*.toml")}
 

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, random_tokens, write_shard
 
 import train_gpt_medium as train
-from helpers import ROOT, random_tokens, write_shard
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-
-import train_gpt_medium as train
 from golden import golden_weights
 from helpers import ROOT, relative_error, start_trainer
+
+import train_gpt_medium as train
 
 CPU = torch.device("cpu")
 EACH = [["tables"], ["mlp"], ["head"]]

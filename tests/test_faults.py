@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import PROGRAM, ROOT, TRAIN_LINE, VAL_LINE, start_trainer, weights_and_states
 
 import train_gpt_medium as train
-from helpers import PROGRAM, ROOT, TRAIN_LINE, VAL_LINE, start_trainer, weights_and_states
 
 STEPS = 16
 RUN = ["--run_id", "0", "--checkpoint_every", "3"]

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-import train_gpt_medium as train
 from golden import CASES, golden_tokens, golden_weights, write_golden_case
 from helpers import relative_error, run_program, val_losses, write_config, write_shard
+
+import train_gpt_medium as train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}

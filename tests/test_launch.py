@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 from helpers import ROOT, VAL_LINE, run_program, val_losses
 
 

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 import train_gpt_medium as train
-from helpers import ROOT
 
 spec = importlib.util.spec_from_file_location("local_text", ROOT / "data" / "local_text.py")
 local_text = importlib.util.module_from_spec(spec)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from golden import golden_weights
 
 import train_gpt_medium as train
-from golden import golden_weights
 
 CPU = torch.device("cpu")
 BASELINE = [[0, 13], [1, 14], [2, 15]]

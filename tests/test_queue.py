@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT, TRAIN_LINE, VAL_LINE
 
 import train_gpt_medium as train
-from helpers import ROOT, TRAIN_LINE, VAL_LINE
 
 pytestmark = pytest.mark.slow
 

@@ -2,14 +2,23 @@
 
 import re
 import time
-import tomllib
 
 import pytest
+import tomllib
 import torch
+from golden import CASES, golden_weights, write_golden_case
+from helpers import (
+    PROGRAM,
+    TRAIN_LINE,
+    VAL_LINE,
+    run_program,
+    start_trainer,
+    val_losses,
+    weights_and_states,
+    write_config,
+)
 
 import train_gpt_medium as train
-from golden import CASES, golden_weights, write_golden_case
-from helpers import PROGRAM, TRAIN_LINE, VAL_LINE, run_program, start_trainer, val_losses, weights_and_states, write_config
 
 
 def assert_golden(losses, name):

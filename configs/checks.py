@@ -1,0 +1,64 @@
+"""What can be wrong with a run's keys together, found before anything starts; and its map, drawn.
+
+`hp` is the training script's Hyperparameters, checked key by key before.
+"""
+
+import math
+import os
+from typing import Any
+
+from configs.keys import error_context
+from data.shards import check_stream, fineweb_shards_needed
+from logs.run_log import plural
+
+HEAD_DIM = 128
+
+
+def fitting_ranks(hp: Any) -> list[int]:
+    """The numbers of ranks that can share a step's sequences and the validation's evenly."""
+    shares = math.gcd(hp.sequences_per_step, hp.val_tokens // hp.val_seq_len)
+    return [n for n in range(1, min(shares, 1024) + 1) if shares % n == 0]
+
+
+def check_keys_together(hp: Any, world_size: int) -> None:
+    """Raises ValueError if keys do not fit each other or the number of ranks."""
+    if hp.model_dim != HEAD_DIM * hp.num_heads:
+        raise ValueError(f"model_dim: {hp.model_dim} is not 128 * num_heads; "
+                         f"use {HEAD_DIM * hp.num_heads} with num_heads {hp.num_heads}")
+    if hp.val_tokens % hp.val_seq_len:
+        raise ValueError(f"val_tokens: {hp.val_tokens} is not divisible by val_seq_len {hp.val_seq_len}; "
+                         f"use {-(-hp.val_tokens // hp.val_seq_len) * hp.val_seq_len}")
+    ranks = " or ".join(map(str, fitting_ranks(hp)))
+    for name, count in (("sequences_per_step", hp.sequences_per_step), ("val_tokens", hp.val_tokens // hp.val_seq_len)):
+        if count % world_size:
+            raise ValueError(f"{name}: {count} sequences cannot be divided among {world_size} ranks; "
+                             f"start {ranks} ranks (torchrun --nproc_per_node), or change the key")
+    if hp.run_id is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("run_id: torchrun restarts only a run with a number; give --run_id or --max-restarts=0")
+
+
+def check_data(hp: Any) -> None:
+    """Raises ValueError or MissingShardsError if the shards are not there, are damaged or hold too few tokens."""
+    step_tokens = hp.sequences_per_step * hp.train_seq_len
+    fineweb_shards = fineweb_shards_needed(hp.num_iterations, step_tokens)
+    for files, batch_tokens, needed, purpose in (
+        ("train_files", step_tokens, hp.num_iterations, f"num_iterations = {hp.num_iterations}"),
+        ("val_files", hp.val_seq_len, hp.val_tokens // hp.val_seq_len, f"val_tokens = {hp.val_tokens}"),
+    ):
+        with error_context(files):
+            check_stream(getattr(hp, files), hp.vocab_size, batch_tokens, needed, purpose, fineweb_shards)
+
+
+def draw_map(tables_of_layers: list[list[int]], notes: dict[int, str]) -> str:
+    """The layers from first to last, a column for each table: o if a layer uses it, | between its uses.
+
+    Args: for each layer the tables that it uses; what is to be noted at a layer.
+    """
+    tables = range(1 + max((max(used, default=-1) for used in tables_of_layers), default=-1))
+    uses = [[layer for layer, used in enumerate(tables_of_layers) if k in used] for k in tables]
+    lines = [f"value embeddings: {plural(len(uses), 'table')}"]
+    for layer, used in enumerate(tables_of_layers):
+        cells = ["o" if layer in table else "|" if table[0] < layer < table[-1] else " " for table in uses]
+        note = f"table{'s' * (len(used) > 1)} {', '.join(map(str, used))}" if used else notes.get(layer, "")
+        lines.append(f"  layer {layer:2d}  {' '.join(cells)}  {note}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""Checkpoints: weights that a run starts from, and all that an interrupted run needs to go on.
+
+Nothing here unpickles anything but tensors, numbers and strings: a checkpoint cannot run code.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+COMPILED_PREFIX = "_orig_mod."  # the published script saved its compiled module, whose names begin so
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; under this name there is always a whole one. Raises OSError if it cannot be written.
+
+    So the file is written under another name, and renamed when the disk has it.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the renaming must be on the disk too
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error.__context__ or error}") from None
+
+
+def remove(path: Path) -> None:
+    for name in (path.name, f"{path.name}.unfinished"):  # a crash can leave the second
+        path.with_name(name).unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
+# Weights to start from
+
+
+def read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:
+    """The weights in a checkpoint, by the model's names. Raises ValueError if the file or a weight does not fit."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        weights = {name.removeprefix(COMPILED_PREFIX): w for name, w in checkpoint["model"].items()}
+    except Exception as error:
+        fix = "name a torch.save of a dict with the weights under 'model'"
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__}); {fix}") from None
+    expected = model.state_dict()
+    fix = "it must come from a model of the same value embeddings, vocab_size and model_dim"
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"{path}: parameter {missing[0]} is missing ({len(missing)} in all); {fix}")
+    if extra := [name for name in weights if name not in expected]:
+        raise ValueError(f"{path}: parameter {extra[0]} is not in this model ({len(extra)} in all); {fix}")
+    for name, w in weights.items():
+        if not isinstance(w, Tensor) or w.shape != expected[name].shape:
+            found = list(w.shape) if isinstance(w, Tensor) else type(w).__name__
+            raise ValueError(f"{path}: parameter {name} is {found} instead of {list(expected[name].shape)}; {fix}")
+        if not (w.layout == torch.strided and w.device.type == "cpu" and w.is_floating_point() and is_finite([w])):
+            raise ValueError(f"{path}: parameter {name} is not a plain tensor of finite numbers ({w.dtype}); "
+                             "take another checkpoint")
+    return weights
+
+
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of all floating-point tensors are finite; waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]).all())
+
+
+# -----------------------------------------------------------------------------
+# Going on with an interrupted run
+
+
+def is_finite_everywhere(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """Whether all weights and optimizer states of all ranks are finite."""
+    states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
+    is_bad = torch.tensor(int(not is_finite([*model.parameters(), *states])))
+    dist.all_reduce(is_bad)
+    return not is_bad.item()
+
+
+def copy_state(model: nn.Module, replicated: torch.optim.Optimizer, sharded: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and optimizer states, those of all ranks, copied to rank 0's memory; {} on the other ranks.
+
+    Args: an optimizer with the same states on every rank, and one whose states are each on one rank.
+    """
+
+    def copy(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:  # by the parameter's name
+        return {name: {key: tensor.to("cpu", copy=True) for key, tensor in optimizer.state[p].items()}
+                for name, p in model.named_parameters() if p in optimizer.state}
+
+    of_ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(copy(sharded), of_ranks)
+    if of_ranks is None:
+        return {}
+    states = copy(replicated)
+    for of_rank in of_ranks:
+        states |= of_rank
+    return dict(model=copy_weights(model), optimizer_states=states)
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights in the CPU's memory, under the names of a published checkpoint."""
+    return {COMPILED_PREFIX + name: w.to("cpu", copy=True) for name, w in model.state_dict().items()}
+
+
+@torch.no_grad()
+def restore(state: dict[str, Any], model: nn.Module, replicated: torch.optim.Optimizer,
+            sharded: torch.optim.Optimizer) -> None:
+    """The inverse of `copy_state`, on every rank; of `sharded` it takes the states of the parameters in `owned`."""
+    owner = {p: replicated for group in replicated.param_groups for p in group["params"]}
+    owner |= dict.fromkeys(sharded.owned, sharded)
+    for name, p in model.named_parameters():
+        p.copy_(state["model"][COMPILED_PREFIX + name])
+        if p in owner:
+            tensors = state["optimizer_states"][name].items()
+            owner[p].state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in tensors}
+
+
+def read_interrupted(path: Path, must_equal: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
+    """The checkpoint of an interrupted run, its tensors mapped and not read; None if there is none.
+
+    `must_equal(step)` is what the run, interrupted at that step, must have in common with this one.
+
+    Raises ValueError if the file is damaged, or if something differs: the message names what.
+    """
+    if not os.path.lexists(path):
+        return None
+    fix = "move it and its log away to start this run from the beginning, or use another run_id"
+    try:
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:
+            raise ValueError(f"{damaged} is damaged")
+        state = load(path)
+        theirs, step = json.loads(state["must_equal"]), int(state["step"])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a checkpoint that a run can go on from ({reason}); {fix}") from None
+    ours = json.loads(json.dumps(must_equal(step)))
+    if changed := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+        shown = ", ".join(describe_change(name, theirs.get(name), ours.get(name)) for name in changed)
+        raise ValueError(f"{path}: this is not the run that was interrupted: {shown}; set that back, or {fix}")
+    return state
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def describe_change(name: str, was: Any, now: Any) -> str:
+    """A difference in words; the program text is too long to be shown."""
+    shown = [json.dumps(value) for value in (was, now)]
+    return f"{name} was {shown[0]} and is {shown[1]}" if max(map(len, shown)) < 200 else f"{name} has changed"

@@ -1,0 +1,198 @@
+"""The log of a run: its place and number, its lines, its lock, and whether the run is finished. Needs no PyTorch."""
+
+import ctypes
+import fcntl
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+RULE = "=" * 100
+LOCK_WAIT_S = 10  # a rank whose launcher was killed ends sooner than that
+TAIL_BYTES = 4000  # the last lines of a log are looked for in this much of it
+SHOWN_EVERY = 25  # training steps between the lines on standard output, if it is no terminal
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def here_and_now() -> str:
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S} on {socket.gethostname()}"
+
+
+def end_with_parent(signal_number: int) -> None:
+    """Have Linux send this process a signal when the thread that started it ends; elsewhere do nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal_number)  # PR_SET_PDEATHSIG
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+def log_path(log_dir: str, scale: str, config: Path, run_id: int) -> Path:
+    """LOG_DIR/SCALE/CONFIG/RUN_ID.txt; without a scale, LOG_DIR/CONFIG/RUN_ID.txt."""
+    return Path(log_dir) / (Path(scale).stem if scale else "") / config.stem / f"{run_id:03d}.txt"
+
+
+def last_line(log: Path, beginning: str) -> str:
+    """The last complete line of a log that begins so; "" if it has none, or if there is no log."""
+    with suppress(FileNotFoundError), open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        lines = re.findall(rb"^(%s.*)\n" % re.escape(beginning.encode()), file.read(), re.MULTILINE)
+        return lines[-1].decode(errors="replace") if lines else ""
+    return ""
+
+
+def is_finished(log: Path) -> bool:
+    """Whether a run came to its end: to that of its steps, or to a loss that is no number."""
+    return bool(last_line(log, "peak memory ") or last_line(log, "diverged at step "))
+
+
+def read_header(log: Path) -> tuple[str, dict[str, Any]]:
+    """The program text and the resolved configuration that a log begins with. Raises ValueError if it has no header."""
+    code, _, rest = log.read_text(encoding="utf-8", errors="replace").partition(f"\n{RULE}\n")
+    lines = [line.partition(" = ") for line in rest.partition(f"\n{RULE}\n")[0].splitlines()]
+    try:
+        return code, {name: json.loads(value) for name, _, value in lines}
+    except json.JSONDecodeError:
+        raise ValueError(f"{log}: its header has no configuration; move the log away") from None
+
+
+def checkpoint_path(log: Path) -> Path:
+    """The checkpoint from which an interrupted run goes on. (The final weights are RUN_ID.ckpt.)"""
+    return log.with_suffix(".resume.ckpt")
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def say(text: str) -> None:
+    """Print a line, above a progress bar if there is one. A run goes on when nobody reads its output any more."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def val_line(step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> str:
+    """The line of a validation, to the letter as published logs have it."""
+    step_avg_ms = train_time_ms / max(step, 1)
+    return (f"step:{step}/{num_iterations} val_loss:{val_loss:.6f} "
+            f"train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms")
+
+
+def train_line(step: int, num_iterations: int, train_time_ms: float) -> str:
+    """The line of a training step, to the letter as published logs have it; `step` counts the updates made."""
+    return f"step:{step}/{num_iterations} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / step:.2f}ms"
+
+
+class RunLog:
+    """A run's log file, and standard output. Without a path, as on all ranks but the first, it writes nothing.
+
+    A line is in the file as soon as it is written. Raises OSError if it cannot be written; FileExistsError if the
+    file exists but should be new.
+    """
+
+    def __init__(self, path: Path | None, new: bool = True):
+        self.path = path
+        self.file: io.TextIOWrapper | None = None
+        self.bar: tqdm | None = None
+        if path is not None:
+            self.file = open(path, "x" if new else "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+
+    def lock(self) -> None:
+        """Keep other processes from this run until this process ends. Raises ValueError if it is taken or finished."""
+        for _ in range(10 * LOCK_WAIT_S):
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        else:
+            raise ValueError(f"{self.path}: another process runs this; wait for its end or use another run_id")
+        if is_finished(self.path):
+            raise ValueError(f"{self.path} is finished, and a log is never overwritten; use another run_id")
+
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self.file.fileno()).st_size
+
+    def cut(self, size: int) -> None:
+        """Keep the first `size` bytes, what the log held at the checkpoint. Raises ValueError if there are fewer.
+
+        A log with results that starts over is kept as <run_id>.txt.interrupted.
+        """
+        if self.size() < size:
+            raise ValueError(f"{self.path}: shorter than at its checkpoint; put the log back, or use another run_id")
+        if size == 0 and last_line(self.path, "step:"):
+            names = (self.path.with_name(f"{self.path.name}.interrupted{number or ''}") for number in itertools.count())
+            shutil.copyfile(self.path, next(path for path in names if not path.exists()))
+        os.ftruncate(self.file.fileno(), size)
+
+    def write_header(self, code: str, configuration: dict[str, Any], *descriptions: str) -> None:
+        """Program text, resolved configuration (TOML) and environment: what it takes to repeat the run."""
+        keys = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in configuration.items()]
+        self.to_file("\n".join([code, RULE, *keys, RULE, *descriptions, f"started: {here_and_now()}", RULE]))
+
+    def to_file(self, text: str) -> None:
+        if self.file is not None:
+            self.file.write(f"{text}\n")
+
+    def line(self, text: str) -> None:
+        """A line for the file and for standard output."""
+        if self.file is not None:
+            self.to_file(text)
+            say(text)
+
+    def show_progress(self, num_iterations: int, step: int) -> None:
+        """Show a bar instead of the training lines if standard output is a terminal."""
+        if self.file is not None and sys.stdout.isatty():
+            self.bar = tqdm(total=num_iterations, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def train_line(self, step: int, num_iterations: int, train_time_ms: float) -> None:
+        """The line of a training step: all in the file, every 25th on standard output."""
+        if self.file is not None:
+            text = train_line(step, num_iterations, train_time_ms)
+            self.to_file(text)
+            if self.bar is not None:
+                self.bar.update()
+            elif step % SHOWN_EVERY == 0:
+                say(text)
+
+    def end(self, why: str) -> None:
+        """The last line, with date and host. It is no reason to fail that it cannot be written."""
+        with suppress(OSError):
+            if self.bar is not None:
+                self.bar.close()
+            self.to_file(f"ended: {here_and_now()}: {why}")
+
+
+def open_log(path: Path, is_new: bool) -> RunLog:
+    """The log of a run; if it must be new, with the first number from the path's that no log or checkpoint has.
+
+    Raises OSError if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for run_id in range(int(path.stem), 1000):
+        numbered = path.with_name(f"{run_id:03d}.txt")
+        if not is_new or not any(path.parent.glob(f"{numbered.stem}.*")):
+            with suppress(FileExistsError):  # another run has taken the number since
+                return RunLog(numbered, is_new)
+    raise OSError("all run_ids up to 999 are taken; move logs away")
