@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configs import run_queue
-from configs.checks import check_run, count_parameters, draw_map, fitting_ranks
-from configs.keys import error_context, expand_path, key, load, parse_command_line
+from configs.checks import check_run, count_parameters, draw_map, expand_path, fitting_ranks
+from configs.keys import error_context, key, load, parse_command_line
 from data.batches import next_batch, to_inputs_and_targets, train_batches, val_sequences
 from data.shards import Shard, open_shards
 from logs import checkpoint, machine, ranks, run_log

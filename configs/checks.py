@@ -20,6 +20,13 @@ from logs.run_log import plural
 HEAD_DIM = 128
 
 
+def expand_path(value: str) -> str:
+    """A check for keys that name files: not empty, with ~ expanded."""
+    if not value:
+        raise ValueError("is empty; name a path, or leave the key out for its default")
+    return os.path.expanduser(value)
+
+
 def fitting_ranks(hp: Any) -> list[int]:
     """The numbers of ranks that can share a step's sequences and the validation's evenly."""
     shares = math.gcd(hp.sequences_per_step, hp.val_tokens // hp.val_seq_len)
