@@ -88,10 +88,8 @@ def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]
     with error_context(str(path)):
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"TOML syntax error: {error}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not a TOML file in UTF-8: {error}") from None
     known = {f.name: f for f in fields(cls)}
     for name, value in values.items():
         with error_context(f"{path}: {name}"):
@@ -149,12 +147,14 @@ def parse_command_line(cls: type, arguments: Sequence[str], about: str) -> tuple
         shown = "" if default in ("", None) else f" (default: {json.dumps(default)})"
         parser.add_argument(f"--{f.name}", metavar="VALUE", default=argparse.SUPPRESS, help=meaning + shown)
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        option, names = unknown[0].partition("=")[0], [f.name for f in fields(cls)]
-        raise ValueError(f"{option}: unknown key; the nearest known one is --{nearest(option.lstrip('-'), names)}")
     given = vars(options)
     configs, only_check = given.pop("configs"), given.pop("check")
-    if no_config := [str(config) for config in configs if config.suffix != ".toml"]:
-        raise ValueError(f"unexpected argument {no_config[0]}: a config ends in .toml, a key is set with --KEY VALUE; "
+    words = [str(path) for path in configs if path.suffix != ".toml"]
+    if words := words + [word for word in unknown if not word.startswith("-")]:
+        raise ValueError(f"unexpected argument {words[0]}: a config ends in .toml, a key is set with --KEY VALUE; "
                          "quote a VALUE with brackets, spaces or *")
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        similar = nearest(option.lstrip("-"), [f.name for f in fields(cls)])
+        raise ValueError(f"{option}: unknown key; the nearest known one is --{similar}")
     return configs, given, only_check
