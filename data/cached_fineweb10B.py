@@ -3,7 +3,7 @@
 Brings the validation shard and the first NUM_SHARDS training shards, without a number all 103, of
 https://huggingface.co/datasets/kjj0/fineweb10B-gpt2 into data/fineweb10B/. revision.json there records the commit, with
 the SHA-256 of its files; every later call uses that commit. Each call compares the shards and fetches what is missing
-or damaged; if all are whole, it needs no network. An interruption costs at most the 8 shards that are being fetched.
+or damaged; if all are whole, it needs no network. An interruption costs no shard but those (up to 8) under way.
 """
 
 import argparse
@@ -70,8 +70,7 @@ def find_damage(names: list[str], files: dict[str, list]) -> dict[str, str]:
 
 def bring(names: list[str], revision: str | None, only_check: bool) -> None:
     """Fetch what is missing or damaged of the shards. Raises ValueError if that fails, or with `only_check` at once."""
-    record = find_record(revision)
-    files = record["files"]
+    files = (record := find_record(revision))["files"]
     if unknown := sorted(set(names) - files.keys()):
         raise ValueError(f"{REPOSITORY} has no {unknown[0]} in commit {record['commit']}; use another --revision")
     damage = find_damage(names, files)
@@ -95,7 +94,7 @@ def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
                 print(f"{name}: {damage[name]}; removed")
                 path.unlink()
         if not damage or wait_s is None:
-            break
+            return damage
         try:
             snapshot_download(REPOSITORY, repo_type="dataset", revision=record["commit"], allow_patterns=list(damage),
                               local_dir=FINEWEB_FOLDER, max_workers=8, endpoint=ENDPOINT)
@@ -105,7 +104,6 @@ def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
             print(f"{explain(error)} (trying again)")
             time.sleep(wait_s)
         damage = find_damage(list(damage), record["files"])
-    return damage
 
 
 def explain(error: Exception) -> str:
@@ -117,6 +115,8 @@ def explain(error: Exception) -> str:
         return f"no space in {FINEWEB_FOLDER} ({error.strerror}); make room or ask for fewer shards"
     if number is not None or isinstance(error, ValueError):
         return str(error)
+    if type(error) is OSError:  # the library's check of sizes, whose text has a signed address
+        return f"{ENDPOINT} sends a file of another size than it lists; start again in a while"
     return f"no answer from {ENDPOINT} ({type(error).__name__}: {error}); check the network and HF_ENDPOINT"
 
 

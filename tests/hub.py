@@ -46,18 +46,19 @@ class Hub:
         """The commit that a revision is, None if it is unknown."""
         return self.commits.get(revision, revision if re.fullmatch("[0-9a-f]{40}", revision) else None)
 
-    def entries(self):
+    def tree(self):
         """Every file as the tree lists it."""
         for name, content in self.files.items():
             lfs = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
             yield {"type": "file", "path": name, "size": len(content), "oid": 40 * "0", "lfs": lfs}
         yield {"type": "file", "path": ".gitattributes", "size": 3, "oid": 40 * "0"}
 
-    def listing(self, commit):
-        siblings = [{"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]} for entry in self.entries()]
-        for sibling, entry in zip(siblings, self.entries()):
-            if "lfs" in entry:
-                sibling["lfs"] = {**entry["lfs"], "sha256": entry["lfs"]["oid"]}
+    def info(self, commit):
+        """The dataset with every file as a sibling."""
+        siblings = []
+        for entry in self.tree():
+            lfs = {"lfs": entry["lfs"] | {"sha256": entry["lfs"]["oid"]}} if "lfs" in entry else {}
+            siblings.append({"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"], **lfs})
         return {"id": REPOSITORY, "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
 
     def fault(self, path):
@@ -112,7 +113,7 @@ def make_handler(hub, role):
                             X_Repo_Commit=commit, X_Linked_Size=str(len(content)),
                             X_Linked_Etag=hashlib.sha256(content).hexdigest())
             else:
-                body = hub.listing(commit) if found[1] == "revision" else list(hub.entries())
+                body = hub.info(commit) if found[1] == "revision" else list(hub.tree())
                 self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
 
         def send_file(self, name):
