@@ -1,9 +1,8 @@
 """Fetch FineWeb as shards of 100M tokens from the Hugging Face Hub: python data/cached_fineweb10B.py [NUM_SHARDS]
 
-Brings the validation shard and the first NUM_SHARDS training shards, without a number all 103, of
-https://huggingface.co/datasets/kjj0/fineweb10B-gpt2 into data/fineweb10B/. revision.json there records the commit, with
-the SHA-256 of its files; every later call uses that commit. Each call compares the shards and fetches what is missing
-or damaged; if all are whole, it needs no network. An interruption costs no shard but those (up to 8) under way.
+Brings the validation shard and the first NUM_SHARDS of 103 training shards (default: all) of the dataset
+https://huggingface.co/datasets/kjj0/fineweb10B-gpt2 to data/fineweb10B/. revision.json there records the commit, which
+later calls use, and the SHA-256 of each file, by which every call finds and fetches what is missing or damaged.
 """
 
 import argparse
@@ -17,17 +16,18 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock
-from huggingface_hub import HfApi, snapshot_download
-
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"cached_fineweb10B.py: interrupted\n"), os._exit(130)))
+
+from filelock import FileLock
+from huggingface_hub import HfApi, snapshot_download
 
 from data.shards import FINEWEB_FOLDER, FINEWEB_SHARDS, HEADER_BYTES, num_batches, plural, shard_number
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 ENDPOINT = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-RETRY_AFTER_S = (2, 4, 8, 16)
+RETRY_AFTER_S, WORKERS = (2, 4, 8, 16), 8  # an interruption costs the shards that the workers are fetching
 ACCESS = "no access with this token; log in (hf auth login) or correct HF_TOKEN"
 FIXES = {401: ACCESS, 403: ACCESS, 404: "no such dataset, revision or file; check --revision and HF_ENDPOINT"}
 
@@ -45,10 +45,12 @@ def ask_hub(revision: str) -> dict:
 def find_record(revision: str | None) -> dict:
     """What `ask_hub` returned to the folder's first call. Raises ValueError if that was for another revision."""
     path, new = FINEWEB_FOLDER / "revision.json", FINEWEB_FOLDER / "revision.new"
-    if not path.exists():
-        new.write_text(json.dumps(ask_hub(revision or "main"), indent=1))
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # none, or a damaged one
+        record = ask_hub(revision or "main")
+        new.write_text(json.dumps(record, indent=1))
         new.replace(path)
-    record = json.loads(path.read_bytes())
     if revision not in (None, record["revision"], record["commit"]):
         raise ValueError(f"--revision {revision}: {path} has revision {record['revision']}, commit {record['commit']}; "
                          f"leave --revision out, or move the folder away and start again")
@@ -97,7 +99,7 @@ def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
             return damage
         try:
             snapshot_download(REPOSITORY, repo_type="dataset", revision=record["commit"], allow_patterns=list(damage),
-                              local_dir=FINEWEB_FOLDER, max_workers=8, endpoint=ENDPOINT)
+                              local_dir=FINEWEB_FOLDER, max_workers=WORKERS, endpoint=ENDPOINT)
         except Exception as error:  # also the errors of its HTTP library and of Xet, which have no common base
             if getattr(error, "errno", None) or wait_s == RETRY_AFTER_S[-1]:
                 raise
@@ -121,7 +123,6 @@ def explain(error: Exception) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status."""
     sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"cached_fineweb10B.py: {message}; see --help\n")
@@ -146,5 +147,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"cached_fineweb10B.py: interrupted\n"), os._exit(130)))
     sys.exit(main(sys.argv[1:]))

@@ -26,7 +26,6 @@ SAMPLE_PIECES, SAMPLE_PIECE_TOKENS = 64, 2**14  # in larger ones this many piece
 LOCAL_TEXT_FOLDER = Path(__file__).resolve().parent / "local_text"
 FINEWEB_FOLDER = Path(__file__).resolve().parent / "fineweb10B"
 FINEWEB_SHARDS, FINEWEB_SHARD_TOKENS = 103, 100_000_000  # for training
-GPT2_VOCAB_SIZE = 50257
 T = TypeVar("T")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.shards import GPT2_VOCAB_SIZE, batch_positions, open_shards, read_ahead, write_shard
+from data.shards import batch_positions, open_shards, read_ahead, write_shard
 
 SHARDS, SHARD_TOKENS = 3, 100_000_000
 STEP_TOKENS = 8 * 65536
@@ -29,7 +29,7 @@ SPEED_UP = 10
 def make_shards(folder: Path) -> list[Path]:
     paths = [folder / f"bench_train_{number:06d}.bin" for number in range(1, SHARDS + 1)]
     for seed, path in enumerate(paths):
-        write_shard(path, np.random.default_rng(seed).integers(0, GPT2_VOCAB_SIZE, SHARD_TOKENS, dtype=np.uint16))
+        write_shard(path, np.random.default_rng(seed).integers(0, 50_257, SHARD_TOKENS, dtype=np.uint16))
     return paths
 
 

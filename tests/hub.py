@@ -109,7 +109,7 @@ def make_handler(hub, role):
                 self.answer(404, b'{"error": "not found"}', X_Error_Code="RevisionNotFound")
             elif found[1] == "resolve":
                 content = hub.files[found[3]]
-                self.answer(302, Location=f"http://127.0.0.1:{hub.cdn.server_port}/blobs/{found[3]}?signature=secret",
+                self.answer(302, Location=f"http://localhost:{hub.cdn.server_port}/blobs/{found[3]}?signature=secret",
                             X_Repo_Commit=commit, X_Linked_Size=str(len(content)),
                             X_Linked_Etag=hashlib.sha256(content).hexdigest())
             else:

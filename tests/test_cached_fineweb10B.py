@@ -150,6 +150,13 @@ def test_a_folder_takes_one_revision_only(fetch, folder, hub, revision, taken):
         assert set(there(folder)) == {VAL}
 
 
+def test_a_damaged_record_is_asked_for_again(fetch, folder, shards):
+    fetch(1)
+    (folder / "revision.json").write_text('{"revision": "ma')
+    assert fetch(1)[:2] == (0, []) and len(there(folder)) == 2
+    assert json.loads((folder / "revision.json").read_text())["commit"] == COMMIT
+
+
 def test_another_revision_is_another_commit(fetch, folder, hub):
     hub.commits["old"] = 40 * "0"
     assert fetch(0, "--revision", "old")[0] == 0
