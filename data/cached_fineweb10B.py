@@ -27,7 +27,7 @@ from data.shards import FINEWEB_FOLDER, FINEWEB_SHARDS, HEADER_BYTES, num_batche
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 ENDPOINT = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-RETRY_AFTER_S, WORKERS = (2, 4, 8, 16), 8  # an interruption costs the shards that the workers are fetching
+RETRY_AFTER_S = (2, 4, 8, 16)
 ACCESS = "no access with this token; log in (hf auth login) or correct HF_TOKEN"
 FIXES = {401: ACCESS, 403: ACCESS, 404: "no such dataset, revision or file; check --revision and HF_ENDPOINT"}
 
@@ -88,7 +88,7 @@ def bring(names: list[str], revision: str | None, only_check: bool) -> None:
 
 
 def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
-    """Fetch missing and damaged shards, a few times over; returns those that are not whole then."""
+    """Fetch missing and damaged shards, a few times over; returns those that are not whole then. A kill costs at most 8."""
     shutil.rmtree(FINEWEB_FOLDER / ".cache", ignore_errors=True)  # a killed call leaves unfinished files there
     for wait_s in (*RETRY_AFTER_S, None):
         for name in damage:
@@ -99,7 +99,7 @@ def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
             return damage
         try:
             snapshot_download(REPOSITORY, repo_type="dataset", revision=record["commit"], allow_patterns=list(damage),
-                              local_dir=FINEWEB_FOLDER, max_workers=WORKERS, endpoint=ENDPOINT)
+                              local_dir=FINEWEB_FOLDER, max_workers=8, endpoint=ENDPOINT)
         except Exception as error:  # also the errors of its HTTP library and of Xet, which have no common base
             if getattr(error, "errno", None) or wait_s == RETRY_AFTER_S[-1]:
                 raise

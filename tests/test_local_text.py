@@ -102,6 +102,6 @@ def test_mistakes_are_one_line(tmp_path, capsys, make, complaint):
 
 
 def test_without_a_path_it_takes_the_standard_library():
-    names = {path.name for path in local_text.standard_library()}
-    assert {"argparse.py", "dataclasses.py", "os.py"} <= names
-    assert not any("site-packages" in path.parts for path in local_text.standard_library())
+    paths = local_text.standard_library()
+    assert {"argparse.py", "dataclasses.py", "os.py"} <= {path.name for path in paths}
+    assert not any("site-packages" in path.parts for path in paths)
