@@ -88,7 +88,7 @@ def bring(names: list[str], revision: str | None, only_check: bool) -> None:
 
 
 def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
-    """Fetch missing and damaged shards, a few times over; returns those that are not whole then. A kill costs at most 8."""
+    """Fetch missing and damaged shards, a few times over; returns those that are not whole then."""
     shutil.rmtree(FINEWEB_FOLDER / ".cache", ignore_errors=True)  # a killed call leaves unfinished files there
     for wait_s in (*RETRY_AFTER_S, None):
         for name in damage:
@@ -99,7 +99,7 @@ def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
             return damage
         try:
             snapshot_download(REPOSITORY, repo_type="dataset", revision=record["commit"], allow_patterns=list(damage),
-                              local_dir=FINEWEB_FOLDER, max_workers=8, endpoint=ENDPOINT)
+                              local_dir=FINEWEB_FOLDER, max_workers=8, endpoint=ENDPOINT)  # an end costs at most 8
         except Exception as error:  # also the errors of its HTTP library and of Xet, which have no common base
             if getattr(error, "errno", None) or wait_s == RETRY_AFTER_S[-1]:
                 raise
