@@ -99,7 +99,7 @@ def fetch(damage: dict[str, str], record: dict) -> dict[str, str]:
             return damage
         try:
             snapshot_download(REPOSITORY, repo_type="dataset", revision=record["commit"], allow_patterns=list(damage),
-                              local_dir=FINEWEB_FOLDER, max_workers=8, endpoint=ENDPOINT)  # an end costs at most 8
+                              local_dir=FINEWEB_FOLDER, max_workers=8, endpoint=ENDPOINT)  # a kill loses at most 8
         except Exception as error:  # also the errors of its HTTP library and of Xet, which have no common base
             if getattr(error, "errno", None) or wait_s == RETRY_AFTER_S[-1]:
                 raise
