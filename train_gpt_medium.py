@@ -571,8 +571,6 @@ def set_schedules(optimizers: tuple[torch.optim.AdamW, Muon], step: int, hp: Hyp
 # -----------------------------------------------------------------------------
 # Training
 
-START_TIMEOUT_S = 1200  # without progress, before the first step is done: the compiler works then
-
 
 class Clock:
     """Time spent on training. It runs only between `start` and `stop`, and each of these waits for all ranks' GPUs."""
@@ -605,7 +603,7 @@ class Trainer:
     def __init__(self, hp: Hyperparameters, device: torch.device):
         self.hp, self.device = hp, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.timeout_s = max(START_TIMEOUT_S, hp.step_timeout)
+        self.timeout_s = max(ranks.START_TIMEOUT_S, hp.step_timeout)
         torch.manual_seed(hp.seed)
         with device:
             self.raw_model = GPT(hp)
@@ -721,7 +719,6 @@ def train(trainer: Trainer, log: RunLog, stop: ranks.StopFlag, code: str, first_
             if hp.checkpoint_every:
                 save(trainer, log, code, step + 1, clock.stopped_ms)
             if signal_number:
-                ranks.wait_for_all(trainer.device)  # the launcher ends all ranks when the first is gone
                 raise ranks.Stopped(signal_number, "with a checkpoint; the same config and run_id go on from it"
                                     if hp.checkpoint_every else "without a checkpoint, as checkpoint_every is 0")
             clock.start()
@@ -819,6 +816,7 @@ def carry_out(run: Run, code: str) -> None:
     trainer.warm_up()
     if state is not None:
         checkpoint.restore(state, trainer.raw_model, *trainer.optimizers)
+        state.clear()  # the file is mapped: until its end the run would hold its place on the disk
     train(trainer, log, stop, code, step, time_ms)
     if log.path is not None:
         if hp.save_checkpoint:
@@ -837,7 +835,7 @@ def main(arguments: Sequence[str]) -> int:
     code = machine.program_text()
     ranks.start_process_group()
     run, only_check = ranks.together(plan_run, arguments)
-    ranks.together(ranks.check_same, asdict(run.hp))
+    ranks.together(ranks.check_same, asdict(run.hp) | {"program text": code})
     if dist.get_rank() == 0:
         run_log.say(f"{describe_run(run.hp)}\n{machine.describe_device(run.device, dist.get_world_size())}")
     if only_check:
@@ -849,5 +847,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save needs no traceback
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save needs no traceback
     sys.exit(main(sys.argv[1:]))
