@@ -3,6 +3,7 @@
 Nothing here unpickles anything but tensors, numbers and strings: a checkpoint cannot run code.
 """
 
+import io
 import json
 import os
 import zipfile
@@ -99,13 +100,15 @@ def copy_state(model: nn.Module, replicated: torch.optim.Optimizer, sharded: tor
         return {name: {key: tensor.to("cpu", copy=True) for key, tensor in optimizer.state[p].items()}
                 for name, p in model.named_parameters() if p in optimizer.state}
 
+    packed = io.BytesIO()
+    torch.save(copy(sharded), packed)  # a plain pickle of uint16 tensors, the mantissas, cannot be read
     of_ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(copy(sharded), of_ranks)
+    dist.gather_object(packed.getvalue(), of_ranks)
     if of_ranks is None:
         return {}
     states = copy(replicated)
     for of_rank in of_ranks:
-        states |= of_rank
+        states |= torch.load(io.BytesIO(of_rank), weights_only=True)
     return dict(model=copy_weights(model), optimizer_states=states)
 
 
