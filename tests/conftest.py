@@ -57,13 +57,13 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture
 def small_config(small_data, tmp_path):
-    """Writes `small.toml`, a config of a small model for `small_data`, with the given keys changed; returns its path."""
+    """Writes `small.toml`, a config of a small model for `small_data`, with keys changed; returns its path."""
 
     def make(**changes):
         keys = dict(
-            train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin", log_dir=f"{tmp_path}/logs",
-            vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256, val_tokens=1024,
-            sequences_per_step=4, num_iterations=4, val_loss_every=2, warmup_steps=0)
+            train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
+            log_dir=f"{tmp_path}/logs", vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256,
+            val_tokens=1024, sequences_per_step=4, num_iterations=4, val_loss_every=2, warmup_steps=0)
         return write_config(tmp_path / "small.toml", **keys | changes)
 
     return make
