@@ -4,7 +4,7 @@
 """
 
 import ctypes
-import math
+import math  # noqa: F401 (for faults)
 import multiprocessing
 import os
 import resource
@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (imported by the first optimizer, for seconds)
 
 import train_gpt_medium as train  # noqa: E402
-from logs import checkpoint, ranks, run_log  # noqa: E402
+from logs import checkpoint, run_log  # noqa: E402, F401 (for faults)
 
 
 def rank():
@@ -59,6 +59,12 @@ def hang():
 
 def hang_with_the_interpreter():
     ctypes.PyDLL(None).sleep(3600)
+
+
+def use_bf16():
+    """As on a GPU: the matrices in bf16, whose lower bits are states of an optimizer."""
+    original = train.GPT.__init__
+    train.GPT.__init__ = lambda model, hp: (original(model, hp), model.use_bf16())[0]
 
 
 def spoil(after, tensor_of, value):
@@ -113,7 +119,8 @@ class Ranks:
             ours = dict(RANK=str(number), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port),
                         TORCHELASTIC_RUN_ID="test") if ranks > 1 else {}
             own = [*map(str, arguments), *(options_of_last if number == ranks - 1 else [])]
-            process = context.Process(target=run_rank, args=(own, self.folder, fault, ours | dict(environment), file_bytes))
+            args = own, self.folder, fault, ours | dict(environment), file_bytes
+            process = context.Process(target=run_rank, args=args)
             with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the process that forks
                 process.start()
             self.processes.append(process)

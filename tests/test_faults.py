@@ -1,23 +1,24 @@
 """Faults: whatever ends a run before its time, the same config and run_id give the results of an undisturbed run."""
 
+import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from faults import Ranks
-from helpers import ROOT, TRAIN_LINE, VAL_LINE, start_trainer
+from helpers import ROOT, TRAIN_LINE, VAL_LINE, write_config
 
-import train_gpt_medium as train
-from logs import checkpoint, ranks, run_log
-from logs.run_log import RunLog, is_finished, last_line
+from logs import machine, run_log
+from logs.run_log import is_finished, last_line
 
 STEPS = 10
 RUN = ["--run_id", 0, "--checkpoint_every", 3]
@@ -72,15 +73,15 @@ def undisturbed(tmp_path_factory):
     """The results of a run that nothing disturbed; one run for each config and number of ranks."""
     of_runs = {}
 
-    def undisturbed(config, ranks):
-        keys = re.sub("log_dir.*", "", config.read_text())
-        if (keys, ranks) not in of_runs:
+    def undisturbed(config, ranks, **options):
+        keys = re.sub("log_dir.*", "", config.read_text()), ranks, *options.items()
+        if keys not in of_runs:
             folder = tmp_path_factory.mktemp("undisturbed")
-            of_run = Ranks(folder / "output", config, "--run_id", 0, "--log_dir", folder, ranks=ranks)
+            of_run = Ranks(folder / "output", config, "--run_id", 0, "--log_dir", folder, ranks=ranks, **options)
             assert of_run.statuses() == [0] * ranks, of_run.output("stderr")
-            of_runs[keys, ranks] = results(folder / "small" / "000.txt")
-            assert of_runs[keys, ranks][1:] == ([0, 5, 10], list(range(1, STEPS + 1)))
-        return of_runs[keys, ranks]
+            of_runs[keys] = results(folder / "small" / "000.txt")
+            assert of_runs[keys][1:] == ([0, 5, 10], list(range(1, STEPS + 1)))
+        return of_runs[keys]
 
     return undisturbed
 
@@ -216,6 +217,14 @@ def test_gates_and_layers_with_several_tables_go_on_too(start, finish, small_con
     assert results(log) == undisturbed(config, 2) and resumed_at(log) == [3]
 
 
+@pytest.mark.slow
+def test_bf16_weights_go_on_too_to_the_last_bit_of_their_masters(start, finish, config, undisturbed, log):
+    kill = f"at_step(4, lambda: {LAST} send(signal.SIGKILL)())"
+    start(config, *RUN, ranks=2, fault=f"use_bf16(); {kill}").statuses()
+    finish(config, *RUN, ranks=2, fault="use_bf16()")
+    assert results(log) == undisturbed(config, 2, fault="use_bf16()") and resumed_at(log) == [3]
+
+
 # -----------------------------------------------------------------------------
 # Signals
 
@@ -324,18 +333,18 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(start, config, log, res
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hang", ["hang", "hang_with_the_interpreter"])
-def test_a_rank_that_hangs_is_ended_with_its_stack(start, config, resume, hang):
-    of_run = start(config, *RUN, "--step_timeout", 8, ranks=2, fault=f"at_step(5, lambda: {LAST} {hang}())")
-    assert of_run.statuses() == [1, 1] and checkpointed_step(resume) == 3
-    assert re.search(rf'Timeout \(0:00:08\)!\n(.*\n)*  File ".*faults.py", line \d+ in {hang}\n', of_run.output("stderr"))
-
-
-@pytest.mark.slow
-def test_a_rank_that_hangs_at_the_end_is_ended_too(start, config, log):
-    """The run is finished; what hangs is the process group's end."""
-    of_run = start(config, *RUN, "--step_timeout", 8, fault="before(train.dist, 'destroy_process_group', hang)")
-    assert of_run.statuses() == [1] and "in hang\n" in of_run.output("stderr") and is_finished(log)
+def test_a_rank_that_hangs_is_ended_with_its_stack(start, config, log, resume):
+    """Waiting in Python, holding the interpreter, and at the end of a finished run. The three wait side by side."""
+    in_last = [f"at_step(5, lambda: {LAST} {hang}())" for hang in ("hang", "hang_with_the_interpreter")]
+    at_end = "before(train.dist, 'destroy_process_group', hang)"
+    runs = [start(config, "--run_id", number, "--checkpoint_every", 3, "--step_timeout", 5, ranks=2, fault=fault)
+            for number, fault in enumerate([*in_last, at_end])]
+    for of_run, hang in zip(runs, ("hang", "hang_with_the_interpreter", "hang")):
+        assert of_run.statuses() == [1, 1]
+        stacks = of_run.output("stderr")
+        assert "Timeout (0:00:05)!" in stacks and re.search(rf'faults.py", line \d+ in {hang}\n', stacks)
+    assert checkpointed_step(resume) == checkpointed_step(log.with_name("001.resume.ckpt")) == 3
+    assert not is_finished(log) and is_finished(log.with_name("002.txt"))
 
 
 @pytest.mark.slow
@@ -353,10 +362,10 @@ def test_what_fails_on_one_rank_only_ends_all(start, config, log, failing, error
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("spoilt, step, what", [
-    ("5, lambda trainer: trainer.raw_model.lm_head_w.data, math.nan", 6, "a weight or an optimizer state is not finite"),
+    ("5, lambda trainer: trainer.model.lm_head_w.data, math.nan", 6, "a weight or an optimizer state is not finite"),
     ("5, lambda trainer: next(iter(trainer.optimizers[1].state.values()))['momentum_buffer'], math.inf", 6,
      "a weight or an optimizer state is not finite"),
-    ("4, lambda trainer: trainer.raw_model.scalars.data[:1], math.nan", 5, "the validation loss is nan"),
+    ("4, lambda trainer: trainer.model.scalars.data[:1], math.nan", 5, "the validation loss is nan"),
 ], ids=["weight", "state", "loss"])
 def test_a_run_that_diverges_ends_and_is_finished(start, finish, config, log, resume, ranks, spoilt, step, what):
     """The checkpoint before stays."""
@@ -406,3 +415,160 @@ before(checkpoint, "write", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1
     assert finish(config, *RUN, "--save_checkpoint", "true").statuses() == [0]
     assert results(log) == undisturbed(config, 1) and checkpointed_step(weights) == STEPS
     assert sorted(path.name for path in log.parent.iterdir()) == ["000.ckpt", "000.txt"]
+
+
+# -----------------------------------------------------------------------------
+# What is not gone on with: one line, and nothing is changed
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory, small_data):
+    """The folder of a run that was killed in its last step, after a checkpoint, and its config."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    keys = dict(train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin", vocab_size=256,
+                num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=128, val_tokens=256, sequences_per_step=2,
+                num_iterations=3, val_loss_every=3, warmup_steps=0, log_dir=str(folder / "logs"))
+    config = write_config(folder / "small.toml", **keys)
+    of_run = Ranks(folder / "output", config, "--run_id", 0, "--checkpoint_every", 2,
+                   fault="at_step(2, send(signal.SIGKILL))")
+    assert of_run.statuses() == [-signal.SIGKILL]
+    return folder
+
+
+@pytest.fixture
+def go_on(interrupted, tmp_path, run_main, capsys, log):
+    """Starts a copy of the interrupted run again, in this process; returns exit status and standard error."""
+    shutil.copytree(interrupted / "logs", tmp_path / "logs")
+
+    def go_on(*options):
+        options = ["--run_id", 0, "--checkpoint_every", 2, "--log_dir", tmp_path / "logs", *options]
+        return run_main(interrupted / "small.toml", *options), capsys.readouterr().err
+
+    return go_on
+
+
+def refused(result, *fragments):
+    status, errors = result
+    return status == 2 and errors.count("\n") == 1 and all(fragment in errors for fragment in fragments)
+
+
+def test_what_does_not_change_results_may_change(go_on, log):
+    status, errors = go_on("--description", "other words", "--save_checkpoint", "true", "--checkpoint_every", 7,
+                           "--step_timeout", 100)
+    assert status == 0 and errors == "" and is_finished(log) and resumed_at(log) == [2]
+    assert refused(go_on(), f"{log} is finished, and a log is never overwritten; use another run_id")
+
+
+@pytest.mark.parametrize("option, value, fragment", [
+    ("num_iterations", "4", "num_iterations was 3 and is 4"),
+    ("value_embeddings", "[[0, 15]]", "value_embeddings was [[0, 13], [1, 14], [2, 15]] and is [[0, 15]]"),
+    ("seed", "7", "seed was 0 and is 7"),
+])
+def test_another_configuration_is_refused(go_on, log, option, value, fragment):
+    before = log.read_bytes()
+    assert refused(go_on(f"--{option}", value), "small.toml: run_id: ", "000.resume.ckpt: ", fragment)
+    assert log.read_bytes() == before
+
+
+def test_another_program_text_is_refused(go_on, monkeypatch):
+    text = machine.program_text()
+    monkeypatch.setattr(machine, "program_text", lambda: text + "# edited")
+    assert refused(go_on(), "program text has changed; set that back")
+
+
+@pytest.mark.parametrize("name, value, fragment", [
+    ("device", "mps", 'device was "mps" and is "cpu"'),
+    ("next batch", ["elsewhere.bin", 5], 'next batch was ["elsewhere.bin", 5] and is ["s_train_000001.bin", 512]'),
+])
+def test_another_device_and_other_data_are_refused(go_on, resume, name, value, fragment):
+    state = torch.load(resume, weights_only=True)
+    torch.save(state | {"must_equal": json.dumps(json.loads(state["must_equal"]) | {name: value})}, resume)
+    assert refused(go_on(), fragment)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2],
+    lambda data: data[:-1],
+    lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    lambda data: b"",
+    lambda data: b"no checkpoint",
+], ids=["half", "one byte short", "one bit", "empty", "text"])
+def test_a_damaged_checkpoint_is_refused(go_on, resume, damage):
+    resume.write_bytes(damage(resume.read_bytes()))
+    assert refused(go_on(), f"{resume}: not a checkpoint that a run can go on from")
+
+
+class RunsCode:
+    """Unpickling this would run a program."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('this was run')",)
+
+
+def test_a_checkpoint_cannot_run_code(go_on, resume):
+    torch.save(torch.load(resume, weights_only=True) | {"more": RunsCode()}, resume)
+    assert refused(go_on(), "not a checkpoint that a run can go on from")
+
+
+def test_a_log_that_has_become_shorter_is_refused(go_on, log):
+    os.truncate(log, 20)
+    assert refused(go_on(), f"{log}: shorter than at its checkpoint")
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_runs_is_refused(start, config, log, run_main, capsys, monkeypatch):
+    monkeypatch.setattr(run_log, "LOCK_WAIT_S", 1)
+    start(config, *RUN, fault="at_step(1, hang)")
+    wait_until(lambda: log.exists() and "step:1/10 train_time" in log.read_text())
+    assert refused((run_main(config, *RUN), capsys.readouterr().err), f"{log}: another process runs this")
+
+
+# -----------------------------------------------------------------------------
+# Several ranks, runs and nodes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("other, fragment", [
+    (["--train_files", "nowhere/*.bin"], "no file matches nowhere/*.bin"),
+    (["--value_embeddings", "[[3]]", "--seed", "7"], "value_embeddings, seed of rank 1 differ from rank 0's"),
+])
+def test_a_mistake_on_one_rank_only_is_said_once(finish, config, tmp_path, late, other, fragment):
+    """As on a node that lacks the data or has another version of the config."""
+    of_run = finish(config, ranks=2, options_of_last=other,
+                    fault=f"before(train.ranks, 'start_process_group', lambda: rank() == {late} and time.sleep(1))")
+    assert of_run.statuses() == [2, 2] and of_run.output() == ""
+    assert len(of_run.output("stderr").splitlines()) == 1 and fragment in of_run.complaints()[0]
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
+def test_another_program_text_on_one_rank_is_refused(finish, config):
+    of_run = finish(config, ranks=2, fault="text = train.machine.program_text(); train.machine.program_text = "
+                                           "lambda: text + str(rank())")
+    assert of_run.statuses() == [2, 2] and "program text of rank 1 differ from rank 0's" in of_run.complaints()[0]
+
+
+@pytest.mark.slow
+def test_runs_started_together_get_a_log_each(start, small_config, log):
+    config = small_config(num_iterations=1)
+    runs = [start(config) for _ in range(3)]
+    assert [of_run.statuses() for of_run in runs] == [[0], [0], [0]]
+    assert sorted(path.name for path in log.parent.iterdir()) == ["000.txt", "001.txt", "002.txt"]
+    assert all(is_finished(path) for path in log.parent.iterdir())
+
+
+@pytest.mark.slow
+def test_two_nodes(config, undisturbed, log):
+    """Two torchruns that meet: nothing assumes that all ranks are on one node."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "train_gpt_medium.py", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen([*command, "--seed", "0"], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [node.communicate() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert results(log) == undisturbed(config, 2) and sum("val_loss" in output for output, _ in outputs) == 1
