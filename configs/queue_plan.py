@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,7 +49,6 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--run_id")
     parser.add_argument("--notify", metavar="COMMAND", default="")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
     options, words = parser.parse_known_args(arguments)
     first = options.run_id or "0"
     if not (options.n.isdecimal() and 1 <= int(options.n) <= 999):
@@ -66,9 +66,11 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def arrange(words: list[str]) -> list[str]:
-    """First the configs, as seen from the repository, then the options, as --KEY=VALUE."""
+    """First the configs, as seen from the repository, then the options, as --KEY=VALUE; without words, the default."""
     configs, options, rest = [], [], iter(words)
     for word in rest:
+        if word in ("-h", "--help"):
+            return ["--help"]
         if word.startswith("--"):
             options.append(word if "=" in word else "=".join([word, *itertools.islice(rest, 1)]))
         else:
@@ -101,7 +103,8 @@ def plan_with_data(plan: Callable[[list[str]], list[Experiment]], words: list[st
             command = error.command
         tried.add(command)
         say(f"run.sh: python {shlex.join(command)}")
-        if subprocess.run([sys.executable, *command], cwd=ROOT, preexec_fn=end_with_parent).returncode:
+        fetcher = subprocess.run([sys.executable, *command], preexec_fn=lambda: end_with_parent(signal.SIGTERM))
+        if fetcher.returncode:
             raise ValueError(f"python {shlex.join(command)} failed, as the lines above say")
 
 

@@ -88,16 +88,13 @@ class Queue:
         return 128 + number if number else int(num_failed > 0)
 
 
-def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]], usage: Callable[[], str]) -> int:
+def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]]) -> int:
     """Returns the exit status: 2 after a mistake, which is one line; 1 if a run failed; 128 + the signal that ended it.
 
-    Args: `plan` checks configs and options, and raises ValueError or MissingShardsError; `usage` describes the keys.
+    `plan` checks configs and options; it raises ValueError or MissingShardsError, and answers --help.
     """
     try:
         options, words = read_options(arguments)
-        if options.help:
-            say(usage())
-            return 0
         words = arrange(words)
         os.chdir(ROOT)
         if options.check:
