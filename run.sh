@@ -32,6 +32,7 @@ find_python() {
     python=$(command -v python3 || command -v python) || { lacking="there is no python3" && return 1; }
     lacking=$("$python" "$here/configs/packages.py" "$@" 2>/dev/null) && return
     lacking="$python is passed over for .venv: ${lacking:-it does not run}"
+    return 1
 }
 
 # Sets `python` to one that has the requirements files $@, which are installed in .venv if need be.
