@@ -81,5 +81,5 @@ class Launcher:
         reader.join(5)  # a rank that outlives its launcher keeps the pipe open
         if is_finished(log) or last_line(log, "ended: ") != old_end:
             return problem(log)
-        signals = {128 + number: f"signal {number.name}" for number in signal.Signals}
+        signals = {status: f"signal {number.name}" for number in signal.Signals for status in (128 + number, -number)}
         return self.complaint.removeprefix(f"{log}: ") or signals.get(status, f"exit status {status}")

@@ -4,6 +4,7 @@ A queue keeps logs/.queue.<host>.json locked while it runs; in it stands its sta
 """
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -38,7 +39,7 @@ class QueueFile:
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}; the queue's state goes there, so make it writable") from None
-        for attempt in range(10**9):
+        for attempt in itertools.count():
             if not is_locked(self.descriptor, fcntl.LOCK_EX):
                 break
             state = read_state(path)
@@ -68,7 +69,7 @@ def queue_path() -> Path:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state in a queue's file; {} until the queue has written it."""
-    with suppress(OSError, json.JSONDecodeError):
+    with suppress(OSError, ValueError):
         return json.loads(path.read_text().partition("\n")[0])
     return {}
 
@@ -127,7 +128,8 @@ def describe_queue(path: Path, folder: Path) -> list[str]:
     """What the queue with this file does, or how it ended."""
     state, host = read_state(path), path.name[len(".queue."):-len(".json")]
     if not is_running(path):
-        return [f"no queue runs on {host}; the last one {state.get('ended', 'was killed')}"]
+        end = state.get("ended", "was killed" if "run" in state else "started no run")
+        return [f"no queue runs on {host}; the last one {end}"]
     if "log" not in state:
         return [f"the queue on {host} checks its configs and data"]
     run, runs, log = state["run"], state["runs"], Path(state["log"])

@@ -306,7 +306,8 @@ def test_a_second_ctrl_c_ends_at_once(folder):
     wait_for(folder / "signals", process)
     process.send_signal(signal.SIGINT)
     result = finish(process)
-    assert result.status == 130 and not is_alive(started(folder)[0]["pid"])
+    assert result.status == 130 and "one/000.txt: signal SIGKILL" in result.err
+    assert not is_alive(started(folder)[0]["pid"])
 
 
 def test_under_nohup_a_closed_terminal_changes_nothing(folder):

@@ -116,7 +116,8 @@ def test_without_a_python_the_error_names_the_command_that_installs_one(clone, b
 
 def test_a_failed_installation_starts_nothing(clone, bin_folder):
     make_python(clone / ".venv")
-    (site_packages(clone / ".venv") / "pip.py").write_text("if __name__ == '__main__':\n    raise SystemExit('no network')")
+    program = "if __name__ == '__main__':\n    raise SystemExit('no network')"
+    (site_packages(clone / ".venv") / "pip.py").write_text(program)
     status, lines = run([clone / "run.sh"], bin_folder)
     assert status == 2 and lines[-2:] == ["no network", "run.sh: could not install them, as the lines above say"]
 

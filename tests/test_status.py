@@ -59,12 +59,14 @@ def test_a_queue_before_its_first_step(folder, queue_file, capsys, state, text, 
     assert lines(capsys) == expected
 
 
-def test_a_queue_that_ended_and_one_that_was_killed(folder, capsys):
+def test_queues_that_ended_were_killed_or_refused(folder, capsys):
     (folder / ".queue.node-1.json").write_text('{"pid": 1, "run": 1, "ended": "ended Tue 24 Nov 18:06: 2 finished"}\n')
     (folder / ".queue.node-2.json").write_text('{"pid": 1, "run": 1}\n')
+    (folder / ".queue.node-3.json").write_text('{"pid": 1}\n')
     printed = " ".join(line.strip() for line in lines(capsys))
     assert "no queue runs on node-1; the last one ended Tue 24 Nov 18:06: 2 finished" in printed
     assert "no queue runs on node-2; the last one was killed" in printed
+    assert "no queue runs on node-3; the last one started no run" in printed
 
 
 def test_without_a_queue(folder, capsys):
