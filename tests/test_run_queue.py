@@ -392,11 +392,11 @@ def test_a_command_gets_the_line_of_each_run_and_of_the_end(queue, folder):
 
 @pytest.fixture
 def real_configs(small_config, tmp_path):
-    """Three configs of a few steps: one rank, so that the queue is quick."""
+    """Two configs of a few steps: one rank, so that the queue is quick."""
     text = small_config(num_iterations=12, val_loss_every=4, val_seq_len=128, val_tokens=128, sequences_per_step=1,
                         checkpoint_every=2).read_text()
-    paths = [tmp_path / f"{name}.toml" for name in ("one", "two", "three")]
-    for path, tables in zip(paths, ("[]", "[[0, 13]]", "[[0], [15]]")):
+    paths = [tmp_path / f"{name}.toml" for name in ("one", "two")]
+    for path, tables in zip(paths, ("[]", "[[0, 13]]")):
         path.write_text(f"{text}\nvalue_embeddings = {tables}")
     return paths
 
@@ -435,39 +435,34 @@ def kill_all(pids):
 
 
 @pytest.mark.slow
-def test_a_queue_killed_ten_times_ends_with_the_logs_of_an_undisturbed_one(real_configs, tmp_path):
-    """The queue alone, all of its processes, or politely; and the same command again."""
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.campaign)])
+def test_a_queue_killed_again_and_again_ends_with_the_logs_of_an_undisturbed_one(real_configs, tmp_path, kills):
+    """The queue alone, politely, or all of its processes; and the same command again."""
     undisturbed = finish(start_real(*real_configs, "--log_dir", tmp_path / "undisturbed"))
     assert undisturbed.status == 0, undisturbed.err
-    rng, interrupted = random.Random(0), 0
-    for kill in range(10):
+    rng = random.Random(0)
+    for kill in range(kills):
         process = start_real(*real_configs)
-        try:
-            process.wait(rng.uniform(2, 8))
-        except subprocess.TimeoutExpired:
-            interrupted += 1
-            if kill % 3 == 0:
-                process.kill()
-            elif kill % 3 == 1:
-                process.terminate()
-            else:
-                kill_all([process.pid, *descendants(process.pid)])
+        assert "run.sh: run 1 of" in process.stdout.readline()
+        time.sleep(rng.uniform(0, 8))
+        if kill % 3 == 0:
+            process.kill()
+        elif kill % 3 == 1:
+            process.terminate()
+        else:
+            kill_all([process.pid, *descendants(process.pid)])
         finish(process)
     last = finish(start_real(*real_configs))
-    assert last.status == 0 and interrupted >= 5, last.err
+    assert last.status == 0, last.err
     assert results(tmp_path / "logs") == results(tmp_path / "undisturbed")
     files = [path.name for path in (tmp_path / "logs").rglob("*") if path.is_file() and ".interrupted" not in path.name]
-    assert files == 3 * ["000.txt"]
+    assert files == len(real_configs) * ["000.txt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments, fragment", [
-    (["configs/nowhere.toml"], "no such config"),
-    (["configs/baseline.toml", "--num_iterations", "0"], "--num_iterations: 0 is too small"),
-    (["configs/baseline.toml", "--train_files", "nowhere/*.bin"], "no file matches nowhere/*.bin"),
+    (["configs/nowhere.toml"], "configs/nowhere.toml: no such"),
     (["configs/baseline.toml", "--value_embeddings", "[[0,", "15]]"], "quote"),
-    (["configs/baseline.toml", "--train_files", "requirements.txt", "run.sh"], "quote"),
-    (["configs/baseline.toml", "--value_embeddings", "[0, 15]"], "[[0, 15]]"),
 ])
 def test_the_real_program_says_a_mistake_in_one_line_and_starts_nothing(arguments, fragment):
     result = finish(start_real(*arguments))
