@@ -158,9 +158,9 @@ def document_blocks(docs: Tensor) -> SeenBlocks:
     return SeenBlocks(candidate & ~full, full)
 
 
-def nearest(blocks: Tensor, limit: Tensor) -> Tensor:
-    """The nearest `limit` key blocks in each row of `blocks` (query blocks, key blocks)."""
-    return blocks & (blocks.flip(1).cumsum(1).flip(1) <= limit)
+def nearness(blocks: Tensor) -> Tensor:
+    """How many of `blocks` (query, key) are true from each one's column to its row's last: 1 for the nearest."""
+    return blocks.flip(1).cumsum(1).flip(1)
 
 
 def clip_to_window(blocks: SeenBlocks, window: Tensor) -> SeenBlocks:
@@ -169,18 +169,19 @@ def clip_to_window(blocks: SeenBlocks, window: Tensor) -> SeenBlocks:
     `window` is in blocks, 0-dimensional int32: a tensor, so that nothing is compiled again for a new window.
     """
     left_for_partial = (window - blocks.full.sum(1, keepdim=True)).clamp(min=1)
-    return SeenBlocks(nearest(blocks.partial, left_for_partial), nearest(blocks.full, window - 1))
+    return SeenBlocks(blocks.partial & (nearness(blocks.partial) <= left_for_partial),
+                      blocks.full & (nearness(blocks.full) <= window - 1))
 
 
 def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and, row by row, lists of the columns that are true in `blocks` (rows, columns), for FlexAttention.
 
-    By rank, not by a sort, which takes as long to compile as a kind of block.
+    By counting, not by a sort, which takes as long to compile as a kind of block.
     """
-    rank = blocks.cumsum(1)
-    column = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device).expand_as(rank)
-    columns = column.new_zeros(len(rank), len(rank) + 1).scatter(1, rank * blocks, column)  # column 0 takes the others
-    return rank[None, None, :, -1].int(), columns[None, None, :, 1:].contiguous()
+    place = nearness(blocks)
+    column = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device).expand_as(place)
+    columns = column.new_zeros(len(place), len(place) + 1).scatter(1, place * blocks, column)  # 0 takes the others
+    return place[None, None, :, 0].int(), columns[None, None, :, 1:].contiguous()
 
 
 def flex_mask(blocks: SeenBlocks, docs: Tensor) -> BlockMask:
