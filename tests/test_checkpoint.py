@@ -1,52 +1,325 @@
-"""Checkpoint: `save_checkpoint` and `init_from`, and files as the published script writes them."""
+"""logs/checkpoint.py: weights to start from, the state of an interrupted run, and what is refused."""
+
+import json
+import os
+import shutil
 
 import pytest
 import torch
 from golden import golden_weights
-from helpers import run_program, start_trainer, val_losses
+from helpers import start_trainer, val_losses, weights_and_states
 
 import train_gpt_medium as train
+from data.batches import train_batches
+from logs import checkpoint, run_log
 
+BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def test_a_crash_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def half(content, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    checkpoint.write(tmp_path / "000.ckpt", {"step": 1})
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(tmp_path / "000.ckpt", {"step": 2})
+    assert torch.load(tmp_path / "000.ckpt", weights_only=True) == {"step": 1}
+    checkpoint.remove(tmp_path / "000.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(os, "fsync", lambda fd: names.append(sorted(path.name for path in tmp_path.iterdir())))
+    checkpoint.write(tmp_path / "000.ckpt", {"step": 1})
+    assert names == [["000.ckpt.unfinished"], ["000.ckpt"]]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    checkpoint.write(tmp_path / "000.ckpt", {"step": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="000.ckpt: .*No space left on device"):
+        checkpoint.write(tmp_path / "000.ckpt", {"step": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["000.ckpt"]
+    assert torch.load(tmp_path / "000.ckpt", weights_only=True) == {"step": 1}
+
+
+# -----------------------------------------------------------------------------
+# Weights to start from
+
+
+def read(path, content, **save_options):
+    torch.save(content, path, **save_options)
+    return checkpoint.read_weights(str(path), train.model_on_meta(HP))
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_published_names_are_read_with_or_without_the_prefix(tmp_path, prefix):
-    weights = golden_weights(3, 128, 256)
-    published = dict(step=5960, code="text", model={prefix + name: w for name, w in weights.items()}, optimizers=[{"state": {}}])
-    torch.save(published, tmp_path / "init.pt")
-    read = train.read_checkpoint(str(tmp_path / "init.pt"), train.model_on_meta(HP))
-    assert {name: w.tolist() for name, w in read.items()} == {name: w.tolist() for name, w in weights.items()}
+@pytest.mark.parametrize("save_options", [{}, dict(_use_new_zipfile_serialization=False)])
+def test_published_checkpoints_are_read_with_or_without_the_prefix(tmp_path, prefix, save_options):
+    weights = golden_weights(BASELINE, 128, 256)
+    model = {prefix + name: w for name, w in weights.items()}
+    published = dict(step=5960, code="text", model=model, optimizers=[{"state": {}}])
+    found = read(tmp_path / "a.pt", published, **save_options)
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], w) for name, w in weights.items())
 
 
 def test_bf16_weights_of_a_published_checkpoint_are_loaded_exactly(tmp_path):
-    weights = {name: w if name in ("lm_head_w", "scalars") else w.bfloat16() for name, w in golden_weights(3, 128, 256).items()}
-    torch.save(dict(model=weights), tmp_path / "init.pt")
+    weights = golden_weights(BASELINE, 128, 256)
+    weights |= {name: w.bfloat16() for name, w in weights.items() if name not in ("lm_head_w", "scalars")}
     model = train.GPT(HP)
-    model.load_state_dict(train.read_checkpoint(str(tmp_path / "init.pt"), model))
+    model.load_state_dict(read(tmp_path / "a.pt", dict(model=weights)))
     assert all(torch.equal(model.state_dict()[name], w.float()) for name, w in weights.items())
 
 
-def test_the_final_weights_have_the_published_form(small_config, process_group, tmp_path):
-    trainer, log = start_trainer(small_config(save_checkpoint=True)), train.RunLog(tmp_path / "000.txt")
-    checkpoints = train.Checkpoints(trainer, log, "the program")
-    checkpoints.save(4, 0.0, with_optimizers=False)
-    checkpoints.wait()
-    checkpoint = torch.load(tmp_path / "000.ckpt", weights_only=True)
-    assert (checkpoint["step"], checkpoint["code"], checkpoint["optimizer_states"]) == (4, "the program", {})
-    assert set(checkpoint["model"]) == {"_orig_mod." + name for name in golden_weights(3, 128, 256)}
-    assert {path.name for path in tmp_path.iterdir()} == {"000.ckpt", "000.txt", "small.toml"}
-    # The published script would load it into its compiled model.
-    torch.compile(train.GPT(trainer.hp)).load_state_dict(checkpoint["model"])
+NOT_PLAIN = "scalars is not a plain tensor of finite numbers"
 
 
-@pytest.mark.slow
-def test_init_from_goes_on_with_the_saved_weights(small_config, tmp_path):
-    """The first validation of a run from a checkpoint is the last one of the run that saved it (both at the widest window)."""
-    first = run_program(small_config(save_checkpoint=True, train_seq_len=128, val_seq_len=128), ranks=1)
-    saved = tmp_path / "logs" / "small" / "000.ckpt"
-    assert first.returncode == 0 and saved.exists(), first.stderr
-    second = run_program(small_config(init_from=str(saved), train_seq_len=128, val_seq_len=128), ranks=2)
-    assert second.returncode == 0, second.stderr
-    assert val_losses(second.stdout)[0] == pytest.approx(val_losses(first.stdout)[4], abs=2e-6)
-    assert abs(val_losses(second.stdout)[0] - val_losses(first.stdout)[0]) > 1e-3
+@pytest.mark.parametrize("change, complaint", [
+    (lambda w: w.pop("value_embeds.2.weight"), "value_embeds.2.weight is missing"),
+    (lambda w: w.update({"value_embeds.3.weight": w["embed.weight"]}), "value_embeds.3.weight is not in this model"),
+    (lambda w: w.update({"scalars": torch.zeros(79)}), r"scalars is \[79\] instead of \[80\]"),
+    (lambda w: w.update({"scalars": 3}), r"scalars is int instead of \[80\]"),
+    (lambda w: w.update({"scalars": torch.zeros(80, dtype=torch.int64)}), NOT_PLAIN),
+    (lambda w: w.update({"scalars": torch.zeros(80, dtype=torch.complex64)}), NOT_PLAIN),
+    (lambda w: w.update({"scalars": torch.zeros(80, device="meta")}), NOT_PLAIN),
+    (lambda w: w.update({"scalars": torch.zeros(80).to_sparse()}), NOT_PLAIN),
+    (lambda w: w["scalars"][7].fill_(torch.nan), NOT_PLAIN),
+    (lambda w: w["scalars"][7].fill_(torch.inf), NOT_PLAIN),
+])
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, complaint):
+    weights = golden_weights(BASELINE, 128, 256)
+    change(weights)
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.pt: parameter {complaint}"):
+        read(tmp_path / "a.pt", {"model": weights})
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", 1000 * b"\0"])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.pt: not a checkpoint that can be read safely"):
+        checkpoint.read_weights(str(tmp_path / "a.pt"), train.model_on_meta(HP))
+
+
+class RunsCode:
+    """Unpickling this would run a program."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('this was run')",))
+
+
+@pytest.mark.parametrize("content", [RunsCode(), {"model": RunsCode()}, [1, 2], {"weights": {}}, {"model": 3}])
+def test_a_checkpoint_that_would_run_code_or_has_no_weights(tmp_path, content):
+    with pytest.raises(ValueError, match="not a checkpoint that can be read safely .*; name a torch.save of a dict"):
+        read(tmp_path / "a.pt", content)
+
+
+def test_the_final_weights_have_the_published_form_and_can_be_started_from(run_main, small_config, tmp_path):
+    keys = dict(val_seq_len=128, num_iterations=2, value_embedding_gate=True)
+    folder = tmp_path / "logs" / "small"
+    assert run_main(small_config(save_checkpoint=True, **keys)) == 0
+    final = torch.load(folder / "000.ckpt", weights_only=True)
+    assert (final["step"], final["code"]) == (2, run_log.read_header(folder / "000.txt")[0])
+    assert set(final["model"]) == {"_orig_mod." + name for name in golden_weights(BASELINE, 128, 256, gate=True)}
+    assert run_main(small_config(init_from=f"{folder}/000.ckpt", **keys)) == 0
+    first, second = (val_losses((folder / name).read_text()) for name in ("000.txt", "001.txt"))
+    assert second[0] == pytest.approx(first[2], abs=2e-6)  # with one block, the window is the same
+    assert sorted(path.name for path in folder.iterdir()) == ["000.ckpt", "000.txt", "001.txt"]
+
+
+# -----------------------------------------------------------------------------
+# The state of an interrupted run
+
+
+@pytest.fixture
+def trainer(small_config, process_group):
+    """A trainer of three steps with gates and several tables."""
+    trainer = start_trainer(small_config(value_embeddings=[*BASELINE, [0, 15]], value_embedding_gate=True))
+    take_steps(trainer, 0, 3)
+    return trainer
+
+
+def take_steps(trainer, first, last):
+    batches = train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device, first)
+    for step in range(first, last):
+        trainer.train_step(step, *next(batches))
+
+
+def as_on_a_gpu(model, adamw, muon):
+    """Weights in bf16, with states and mantissas in which every bit counts."""
+    model.use_bf16()
+    generator = torch.Generator().manual_seed(0)
+    for optimizer in (adamw, muon):
+        optimizer.state.clear()
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator))
+    for p in (p for group in adamw.param_groups for p in group["params"]):
+        moments = {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[p] = dict(step=torch.tensor(3.0), **moments)
+    for p in muon.owned:
+        mantissa = torch.randint(2**16, p.shape, generator=generator).to(torch.uint16)
+        muon.state[p] = dict(momentum_buffer=torch.randn(p.shape, generator=generator), mantissa=mantissa)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_restore_is_the_inverse_of_copy_state_to_the_bit(trainer, small_config, tmp_path, is_bf16):
+    parts = trainer.raw_model, *trainer.optimizers
+    if is_bf16:
+        as_on_a_gpu(*parts)
+    checkpoint.write(tmp_path / "a.ckpt", checkpoint.copy_state(*parts))
+    other = start_trainer(tmp_path / "small.toml", seed=1)
+    if is_bf16:
+        other.raw_model.use_bf16()
+    checkpoint.restore(checkpoint.load(tmp_path / "a.ckpt"), other.raw_model, *other.optimizers)
+    expected, restored = weights_and_states(trainer), weights_and_states(other)
+    assert [x.dtype for x in expected] == [x.dtype for x in restored] and len(expected) > 100
+    assert all(torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
+               for a, b in zip(expected, restored))
+
+
+def test_a_restored_trainer_goes_on_as_the_first_would_have(trainer, tmp_path):
+    state = checkpoint.copy_state(trainer.raw_model, *trainer.optimizers)
+    take_steps(trainer, 3, 4)
+    other = start_trainer(tmp_path / "small.toml", seed=1)
+    checkpoint.restore(state, other.raw_model, *other.optimizers)
+    take_steps(other, 3, 4)
+    assert all(map(torch.equal, weights_and_states(trainer), weights_and_states(other)))
+
+
+def test_a_copied_state_does_not_change_with_the_weights(trainer):
+    state = checkpoint.copy_state(trainer.raw_model, *trainer.optimizers)
+    expected = trainer.raw_model.scalars.detach().clone()
+    trainer.raw_model.scalars.data.add_(1)
+    assert torch.equal(state["model"]["_orig_mod.scalars"], expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("spoil", [
+    lambda trainer: trainer.raw_model.scalars.data,
+    lambda trainer: trainer.optimizers[0].state[trainer.raw_model.scalars]["exp_avg_sq"],
+    lambda trainer: trainer.optimizers[1].state[trainer.raw_model.blocks[3].mlp.fc_w]["momentum_buffer"],
+], ids=["weight", "AdamW", "Muon"])
+def test_a_state_that_is_not_finite_is_no_checkpoint(trainer, bad, spoil):
+    assert checkpoint.is_finite_everywhere(trainer.raw_model, trainer.optimizers)
+    spoil(trainer).view(-1)[5] = bad
+    assert not checkpoint.is_finite_everywhere(trainer.raw_model, trainer.optimizers)
+
+
+# -----------------------------------------------------------------------------
+# What a run goes on from
+
+
+@pytest.fixture(scope="module")
+def interrupted(run_main, small_data, tmp_path_factory):
+    """The folder of a run that was interrupted after its checkpoint of step 3; its config is small.toml in it."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    keys = dict(train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin", vocab_size=256,
+                num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256, val_tokens=256, sequences_per_step=1,
+                num_iterations=5, warmup_steps=0, checkpoint_every=3, log_dir=str(folder))
+    (folder / "small.toml").write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in keys.items()))
+
+    def killed(*_):
+        raise SystemExit(9)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.machine, "peak_memory", killed)
+        assert run_main(folder / "small.toml", "--run_id", 0) == 1
+    return folder
+
+
+@pytest.fixture
+def resume(interrupted, run_main, capsys, tmp_path):
+    """Starts a copy of the interrupted run again: (its folder, a function that returns status and standard error)."""
+    shutil.copytree(interrupted, tmp_path / "run")
+
+    def run(*options):
+        status = run_main(tmp_path / "run" / "small.toml", "--log_dir", tmp_path / "run", "--run_id", 0, *options)
+        return status, capsys.readouterr().err
+
+    return tmp_path / "run" / "small", run
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(resume, run_main):
+    folder, run = resume
+    undisturbed = val_losses((folder / "000.txt").read_text())
+    (folder / "000.txt").open("a").write("step:4/5 torn")
+    assert run("--description", "other words", "--step_timeout", 50) == (0, "")
+    text = (folder / "000.txt").read_text()
+    assert val_losses(text) == undisturbed and list(undisturbed) == [0, 5] and "resumed at step 3 after" in text
+    assert run_log.is_finished(folder / "000.txt") and [path.name for path in folder.iterdir()] == ["000.txt"]
+
+
+def change_state(**changes):
+    def change(data, path):
+        torch.save(torch.load(path, weights_only=True) | changes, path)
+
+    return change
+
+
+def change_bytes(change):
+    return lambda data, path: path.write_bytes(change(data))
+
+
+NOT_WHOLE = "not a checkpoint that a run can go on from"
+
+
+@pytest.mark.parametrize("damage, options, complaint", [
+    (change_bytes(lambda data: data[: len(data) // 2]), [], NOT_WHOLE),
+    (change_bytes(lambda data: data[:-1]), [], NOT_WHOLE),
+    (change_bytes(lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]),
+     [], NOT_WHOLE),
+    (change_bytes(lambda data: b""), [], NOT_WHOLE),
+    (change_bytes(lambda data: b"no checkpoint"), [], NOT_WHOLE),
+    (lambda data, path: torch.save(RunsCode(), path), [], NOT_WHOLE),
+    (lambda data, path: torch.save({"step": 3}, path), [], NOT_WHOLE),
+    (lambda data, path: (path.unlink(), path.symlink_to("/nowhere")), [], NOT_WHOLE),
+    (change_state(log_bytes=10**9), [], "shorter than at its checkpoint"),
+    (None, ["--num_iterations", "6"], "num_iterations was 5 and is 6; set that back, or move it"),
+    (None, ["--seed", "7"], "seed was 0 and is 7"),
+    (None, ["--value_embedding_gate", "true"], "value_embedding_gate was false and is true"),
+    (None, ["--value_embeddings", "[]"], "value_embeddings was [[0, 13], [1, 14], [2, 15]] and is []"),
+])
+def test_another_or_a_damaged_run_is_refused_and_nothing_is_changed(resume, damage, options, complaint):
+    folder, run = resume
+    path = folder / "000.resume.ckpt"
+    if damage is not None:
+        damage(path.read_bytes(), path)
+    before = (folder / "000.txt").read_bytes()
+    status, error = run(*options)
+    assert status == 2 and len(error.splitlines()) == 1 and complaint in error and "small.toml: run_id: " in error
+    assert (folder / "000.txt").read_bytes() == before and os.path.lexists(path)
+
+
+@pytest.mark.parametrize("key, theirs, shown", [
+    ("program text", "the program\n" * 100, "program text has changed"),
+    ("device", "cuda", 'device was "cuda" and is "cpu"'),
+    ("next batch", ["elsewhere.bin", 5], 'next batch was ["elsewhere.bin", 5] and is ["s_train_000001.bin", 384]'),
+    ("a key of another version", 1, "a key of another version was 1 and is null"),
+])
+def test_what_must_be_equal_is_named_where_it_differs(interrupted, tmp_path, key, theirs, shown):
+    path = tmp_path / "000.resume.ckpt"
+    state = checkpoint.load(interrupted / "small" / "000.resume.ckpt")
+    torch.save(state | dict(must_equal=json.dumps(json.loads(state["must_equal"]) | {key: theirs})), path)
+    with pytest.raises(ValueError) as raised:
+        checkpoint.read_interrupted(path, lambda step: json.loads(state["must_equal"]))
+    assert str(raised.value).startswith(f"{path}: this is not the run that was interrupted: {shown}; set that back, or")
+
+
+def test_what_must_be_equal_is_all_but_what_may_change(interrupted, process_group):
+    state = checkpoint.load(interrupted / "small" / "000.resume.ckpt")
+    assert set(json.loads(state["must_equal"])) == {
+        "program text", "device", "next batch", *(set(vars(HP)) - train.MAY_CHANGE)}
+    assert (state["step"], state["train_time_ms"] > 0, json.loads(state["must_equal"])["next batch"]) == (
+        3, True, ["s_train_000001.bin", 384])
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(tmp_path):
+    assert checkpoint.read_interrupted(tmp_path / "000.resume.ckpt", lambda step: {}) is None

@@ -1,186 +1,55 @@
-"""Training: the golden trajectories through the whole program, the log, the timing and the warm-up."""
+"""The step, the loop and the log of a run. The golden trajectories are in test_golden.py."""
 
+import math
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
-import tomllib
 import torch
-from golden import CASES, golden_weights, write_golden_case
-from helpers import (
-    PROGRAM,
-    TRAIN_LINE,
-    VAL_LINE,
-    run_program,
-    start_trainer,
-    val_losses,
-    weights_and_states,
-    write_config,
-)
+from golden import golden_weights
+from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_losses, weights_and_states, write_config
 
 import train_gpt_medium as train
+from data.batches import train_batches
+from logs import checkpoint, machine, ranks, run_log
 
 
-def assert_golden(losses, name):
-    """Every validation loss is that of the published script's own functions; they are printed, and the figures given, with 6 decimals."""
-    expected = {int(step): loss for step, loss in CASES[name]["val_loss"].items()}
-    assert losses.keys() == expected.keys()
-    assert losses == pytest.approx(expected, abs=CASES[name]["tolerance"], rel=0)
+def train_to_end(trainer, path, signals=(), code="the program"):
+    """Runs the loop from step 0, with the signal that the ranks agree on after each step; returns the log's text."""
+    signals = iter(signals)
+    stop = SimpleNamespace(agreed=lambda: next(signals, 0))
+    try:
+        train.train(trainer, run_log.RunLog(path), stop, code, first_step=0, time_ms=0.0)
+    finally:
+        text = path.read_text()
+    return text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_golden_trajectory(name, in_child, tmp_path):
-    process = in_child(write_golden_case(name, tmp_path))
-    process.join(600)
-    output = (tmp_path / "output").read_text()
-    assert process.exitcode == 0, output
-    assert_golden(val_losses(output), name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["baseline_long", "add_5_short", "baseline_wide"])
-def test_golden_trajectory_on_two_ranks(name, tmp_path):
-    result = run_program(write_golden_case(name, tmp_path), ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert_golden(val_losses(result.stdout), name)
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, small_data):
-    """A run of 4 steps on 2 ranks: (its hyperparameters, the finished process, the log's text)."""
-    folder = tmp_path_factory.mktemp("finished_run")
-    config = write_config(
-        folder / "short.toml", train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin", log_dir=f"{folder}/logs",
-        vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256, val_tokens=1024, num_iterations=4, val_loss_every=3,
-        warmup_steps=1, description='quotes " and ünicode', cooldown_frac=0.5,
-    )
-    process = run_program(config, "--seed", 5, "--sequences_per_step", 4, ranks=2)
-    assert process.returncode == 0, process.stderr
-    return config, process, (folder / "logs" / "short" / "000.txt").read_text()
-
-
-def test_the_log_opens_with_the_program_text(finished_run):
-    _, _, log = finished_run
-    assert log.startswith(PROGRAM.read_text())
-
-
-def test_the_log_holds_the_resolved_configuration_as_toml(finished_run):
-    config, _, log = finished_run
-    text = log[len(PROGRAM.read_text()) :].split("=" * 100)[1]
-    assert tomllib.loads(text) == {
-        **{name: f.default for name, f in train.KEYS.items() if isinstance(f.default, (int, float, str))},
-        **tomllib.loads(config.read_text()), "value_embeddings": [[0, 13], [1, 14], [2, 15]], "fast_paths": [], "seed": 5, "run_id": 0, "sequences_per_step": 4,
-    }
-
-
-def test_the_log_names_the_environment(finished_run):
-    _, _, log = finished_run
-    assert f"Running PyTorch {torch.__version__}" in log and "device: 2 ranks, CPU" in log
-    assert train.draw_map([[0, 13], [1, 14], [2, 15]]) in log
-
-
-def test_validations_are_at_step_0_every_so_often_and_at_the_last(finished_run):
-    _, process, log = finished_run
-    lines = [(int(match[1]), int(match[2])) for match in VAL_LINE.finditer(log)]
-    assert lines == [(0, 4), (3, 4), (4, 4)]
-    assert val_losses(process.stdout) == val_losses(log)
-
-
-def test_every_step_has_its_line_in_log_and_output(finished_run):
-    _, process, log = finished_run
-    for text in (log, process.stdout):
-        assert [(int(match[1]), int(match[2])) for match in TRAIN_LINE.finditer(text)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_train_time_grows_with_training_only(finished_run):
-    """A validation's time is that of the step before it: what came between is not timed. step_avg divides by max(step, 1)."""
-    _, _, log = finished_run
-    train_ms = {int(match[1]): int(match[3]) for match in TRAIN_LINE.finditer(log)}
-    for match in VAL_LINE.finditer(log):
-        step, time_ms, step_avg = int(match[1]), int(match[4]), float(match[5])
-        assert time_ms == pytest.approx(train_ms.get(step, 0), abs=50)
-        assert step_avg == pytest.approx(time_ms / max(step, 1), abs=0.6)
-    assert 0 < train_ms[1] < train_ms[2] < train_ms[3] < train_ms[4]
-
-
-def test_validation_is_not_timed_and_the_clock_waits_for_all_ranks(small_config, process_group, tmp_path, monkeypatch):
-    """Validations that sleep add nothing to any line's time; each is between two barriers that stop and start the clock."""
-    trainer, events = start_trainer(small_config()), []
-    monkeypatch.setattr(trainer, "validate", lambda step: events.append("validate") or time.sleep(5) or 1.0)
-    monkeypatch.setattr(trainer, "train_step", lambda *_: events.append("step"))
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
-    log = train.RunLog(tmp_path / "log.txt")
-    train.train(trainer, log, train.Checkpoints(trainer, log, "the program"))
-    log.close()
-    text = (tmp_path / "log.txt").read_text()
-    assert all(int(match[3]) < 2000 for match in TRAIN_LINE.finditer(text)) and all(int(match[4]) < 2000 for match in VAL_LINE.finditer(text))
-    validation = ["barrier", "validate", "barrier"]
-    assert events == ["barrier", *validation, "step", "step", *validation, "step", "step", *validation]
-
-
-def test_the_log_ends_with_peak_memory(finished_run):
-    _, process, log = finished_run
-    assert re.fullmatch(r"peak memory resident: \d+ MiB", log.splitlines()[-1])
-    assert log.splitlines()[-1] in process.stdout
-
-
-def test_lines_to_the_letter():
-    assert train.val_line(125, 5960, 4.32568, 27923.4) == "step:125/5960 val_loss:4.325680 train_time:27923ms step_avg:223.39ms"
-    assert train.val_line(0, 5960, 10.82584, 0.17) == "step:0/5960 val_loss:10.825840 train_time:0ms step_avg:0.17ms"
-    assert train.train_line(126, 5960, 28146.0) == "step:126/5960 train_time:28146ms step_avg:223.38ms"
-
-
-def everything(trainer):
-    return [*weights_and_states(trainer), torch.get_rng_state()]
-
-
-def test_warm_up_leaves_no_trace(small_config, process_group):
-    """As if it had not run: right after it, and after some steps and a validation more, to the last bit."""
-    results = []
-    for warmup_steps in (0, 2):
-        trainer = start_trainer(small_config(), warmup_steps=warmup_steps)
-        trainer.warm_up()
-        after_warm_up = everything(trainer)
-        batches = train.train_batches(trainer.hp, 0, 1, trainer.device)
-        for step in range(3):
-            trainer.train_step(step, *next(batches))
-        results.append((after_warm_up, everything(trainer), trainer.validate(3)))
-    (before_a, after_a, loss_a), (before_b, after_b, loss_b) = results
-    assert len(before_a) == len(before_b) < len(after_a) == len(after_b)
-    assert all(torch.equal(a, b) for a, b in zip(before_a + after_a, before_b + after_b))
-    assert loss_a == loss_b
-    assert not torch.equal(after_a[0], before_a[0])
-
-
-def test_the_warm_up_runs_training_and_validation(small_config, process_group, monkeypatch):
-    trainer = start_trainer(small_config(), warmup_steps=2)
-    seen = []
-    trainer.raw_model.register_forward_hook(lambda module, args, loss: seen.append((len(args[0]), loss.requires_grad)))
-    trainer.warm_up()
-    assert seen == [(128, True)] * 8 + [(256, False)]
-
-
-@pytest.mark.parametrize("every, steps", [(0, [4]), (2, [0, 2, 4]), (3, [0, 3, 4]), (10, [0, 4])])
-def test_val_loss_every(small_config, process_group, tmp_path, every, steps):
-    trainer = start_trainer(small_config(), val_loss_every=every)
-    log = train.RunLog(tmp_path / "log.txt")
-    train.train(trainer, log, train.Checkpoints(trainer, log, "the program"))
-    log.close()
-    assert list(val_losses((tmp_path / "log.txt").read_text())) == steps
+# -----------------------------------------------------------------------------
+# The step
 
 
 def test_accumulated_gradients_are_the_mean_over_the_sequences(small_config, process_group):
     """Four sequences of one rank give the gradient of their mean loss."""
     trainer = start_trainer(small_config())
-    trainer.raw_model.load_state_dict(golden_weights(3, 128, 256))
-    inputs, targets = next(train.train_batches(trainer.hp, 0, 1, trainer.device))
-    losses = [trainer.model(sequence, sequence_targets, trainer.window(0)) for sequence, sequence_targets in zip(inputs, targets)]
-    expected = torch.autograd.grad(torch.stack(losses).mean(), trainer.raw_model.value_embeds[0].weight)[0]
-    gradients = {}
-    trainer.optimizers[0].register_step_pre_hook(lambda *_: gradients.update(table=trainer.raw_model.value_embeds[0].weight.grad.clone()))
+    table = trainer.raw_model.value_embeds[0].weight
+    trainer.raw_model.load_state_dict(golden_weights([[0, 13], [1, 14], [2, 15]], 128, 256))
+    inputs, targets = next(train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device))
+    losses = [trainer.model(*sequence, trainer.window(0)) for sequence in zip(inputs, targets)]
+    expected = torch.autograd.grad(torch.stack(losses).mean(), table)[0]
+    found = []
+    trainer.optimizers[0].register_step_pre_hook(lambda *_: found.append(table.grad.clone()))
     trainer.train_step(0, inputs, targets)
-    assert (gradients["table"] - expected).norm() / expected.norm() < 1e-6
+    assert relative_error(found[0], expected) < 1e-6
+
+
+def test_a_parameter_without_a_gradient_is_named(small_config, process_group):
+    trainer = start_trainer(small_config(sequences_per_step=1))
+    trainer.raw_model.tables_of = [[k for k in tables if k != 1] for tables in trainer.raw_model.tables_of]
+    batch = next(train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device))
+    with pytest.raises(ValueError, match="parameter value_embeds.1.weight got no gradient: .* use it in GPT.forward"):
+        trainer.train_step(0, *batch)
 
 
 def test_runs_of_one_seed_are_equal_and_of_another_differ(small_config, process_group):
@@ -188,23 +57,177 @@ def test_runs_of_one_seed_are_equal_and_of_another_differ(small_config, process_
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_run_ids_count_up_and_are_the_seed(small_config, process_group):
-    config = small_config()
-    hp = train.load_hyperparameters(config, {})
-    for expected in range(3):
-        claim = train.claim_run(hp, config, "the program")
-        claim.log.close()
-        assert (claim.run_id, claim.log.path.name, claim.checkpoint) == (expected, f"{expected:03d}.txt", None)
-        assert train.resolve(hp, claim.run_id).seed == expected
-    (claim.log.path.parent / "003.ckpt").touch()
-    assert train.choose_run_id(hp, config) == 4
+def test_warm_up_leaves_no_trace(small_config, process_group):
+    """As if it had not run: right after it, and after two steps and a validation more, to the last bit."""
+    results = []
+    for warmup_steps in (0, 2):
+        trainer = start_trainer(small_config(sequences_per_step=1, val_tokens=256), warmup_steps=warmup_steps)
+        trainer.warm_up()
+        before = weights_and_states(trainer)
+        batches = train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device)
+        for step in range(2):
+            trainer.train_step(step, *next(batches))
+        results.append((before, weights_and_states(trainer), trainer.validate(2)))
+    (before_a, after_a, loss_a), (before_b, after_b, loss_b) = results
+    assert len(before_a) == len(before_b) < len(after_a) == len(after_b)
+    assert all(map(torch.equal, before_a + after_a, before_b + after_b)) and loss_a == loss_b
+    assert not torch.equal(after_a[0], before_a[0])
 
 
-@pytest.mark.slow
-def test_the_validation_loss_does_not_depend_on_the_world_size(small_config):
-    losses = []
-    for ranks in (1, 2, 4):
-        result = run_program(small_config(num_iterations=2, val_loss_every=1), "--seed", 1, ranks=ranks)
-        assert result.returncode == 0, result.stderr
-        losses.append(val_losses(result.stdout))
-    assert losses[1] == pytest.approx(losses[0], abs=2e-6) and losses[2] == pytest.approx(losses[0], abs=2e-6)
+def test_the_warm_up_runs_training_and_validation(small_config, process_group):
+    trainer, seen = start_trainer(small_config(), warmup_steps=2), []
+    trainer.raw_model.register_forward_hook(lambda module, args, loss: seen.append((len(args[0]), loss.requires_grad)))
+    trainer.warm_up()
+    assert seen == [(128, True)] * 8 + [(256, False)]
+
+
+# -----------------------------------------------------------------------------
+# The loop, with steps and validations that take no time
+
+
+@pytest.fixture
+def trainer(small_config, process_group, monkeypatch):
+    """A trainer that notes its steps and validations in `events`, as do the barriers and checkpoints."""
+    trainer = start_trainer(small_config(num_iterations=6, val_loss_every=0, checkpoint_every=0))
+    events = trainer.events = []
+    monkeypatch.setattr(trainer, "validate", lambda step: events.append("validate") or 1.0)
+    monkeypatch.setattr(trainer, "train_step", lambda *_: events.append("step"))
+    monkeypatch.setattr(ranks, "wait_for_all", lambda device: events.append("barrier"))
+    monkeypatch.setattr(checkpoint, "write", lambda path, state: events.append(f"checkpoint {state['step']}"))
+    return trainer
+
+
+def change(trainer, **keys):
+    trainer.hp = train.replace(trainer.hp, **keys)
+
+
+@pytest.mark.parametrize("every, steps", [(0, [6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (10, [0, 6])])
+def test_validations_are_at_step_0_every_so_often_and_at_the_last(trainer, tmp_path, every, steps):
+    change(trainer, val_loss_every=every)
+    assert list(val_losses(train_to_end(trainer, tmp_path / "log.txt"))) == steps
+
+
+def test_the_clock_runs_over_training_only_and_waits_for_all_ranks(trainer, tmp_path, monkeypatch):
+    """Each step takes a second, each validation and checkpoint an hour."""
+    change(trainer, val_loss_every=3, checkpoint_every=4)
+    seconds = dict(step=1, barrier=0)
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(seconds.get(event, 3600) for event in trainer.events))
+    text = train_to_end(trainer, tmp_path / "log.txt")
+    assert [(int(m[1]), int(m[4]), m[5]) for m in VAL_LINE.finditer(text)] == [
+        (0, 0, "0.00"), (3, 3000, "1000.00"), (6, 6000, "1000.00")]
+    assert [(int(m[1]), int(m[3])) for m in TRAIN_LINE.finditer(text)] == [(n, 1000 * n) for n in range(1, 7)]
+    validation = ["barrier", "validate", "barrier"]
+    assert trainer.events == ["barrier", *validation, "step", "step", "step", *validation, "step", "barrier",
+                              "checkpoint 4", "barrier", "step", "step", *validation]
+
+
+@pytest.mark.parametrize("every, steps", [(0, []), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (7, [])])
+def test_checkpoint_every(trainer, tmp_path, every, steps):
+    change(trainer, checkpoint_every=every)
+    train_to_end(trainer, tmp_path / "log.txt")
+    assert [event for event in trainer.events if "checkpoint" in event] == [f"checkpoint {step}" for step in steps]
+
+
+@pytest.mark.parametrize("every, message, written", [
+    (1000, "stopped by signal 15, with a checkpoint; the same config and run_id go on from it", ["checkpoint 3"]),
+    (0, "stopped by signal 15, without a checkpoint, as checkpoint_every is 0", []),
+])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(trainer, tmp_path, every, message, written):
+    change(trainer, checkpoint_every=every)
+    with pytest.raises(ranks.Stopped, match=message):
+        train_to_end(trainer, tmp_path / "log.txt", signals=[0, 0, 15])
+    assert trainer.events.count("step") == 3
+    assert [event for event in trainer.events if "checkpoint" in event] == written
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_no_number_ends_a_run(trainer, tmp_path, loss):
+    trainer.validate = lambda step: loss
+    with pytest.raises(ranks.Diverged, match=f"diverged at step 6: the validation loss is {loss}"):
+        train_to_end(trainer, tmp_path / "log.txt")
+    assert f"step:6/6 val_loss:{loss} " in (tmp_path / "log.txt").read_text()
+
+
+def test_weights_that_are_no_numbers_end_a_run_and_leave_the_checkpoint_before(trainer, tmp_path):
+    change(trainer, checkpoint_every=2)
+    spoil = iter([0.0, 0.0, 0.0, math.nan])
+    trainer.train_step = lambda *_: trainer.raw_model.scalars.data.add_(next(spoil))
+    with pytest.raises(ranks.Diverged, match="diverged at step 4: a weight or an optimizer state is not finite"):
+        train_to_end(trainer, tmp_path / "log.txt")
+    assert [event for event in trainer.events if "checkpoint" in event] == ["checkpoint 2"]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_a_run(trainer, tmp_path, monkeypatch):
+    def full(path, state):
+        raise OSError(f"{path}: No space left on device")
+
+    change(trainer, checkpoint_every=4)
+    monkeypatch.setattr(checkpoint, "write", full)
+    text = train_to_end(trainer, tmp_path / "log.txt")
+    assert f"no checkpoint of step 4: {tmp_path}/log.resume.ckpt: No space left on device; an earlier one stays" in text
+    assert list(val_losses(text)) == [6]
+
+
+# -----------------------------------------------------------------------------
+# The log of a whole run
+
+
+@pytest.fixture(scope="module")
+def finished_run(run_main, small_data, tmp_path_factory):
+    """A run of 4 steps: (its config's keys, the log's text)."""
+    folder = tmp_path_factory.mktemp("finished_run")
+    keys = dict(train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
+                log_dir=f"{folder}/logs", vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128,
+                val_seq_len=256, val_tokens=256, num_iterations=4, val_loss_every=3, warmup_steps=1,
+                description='quotes " and ünicode', cooldown_frac=0.5)
+    config = write_config(folder / "short.toml", **keys)
+    assert run_main(config, "--seed", 5, "--sequences_per_step", 2) == 0
+    return keys, (folder / "logs" / "short" / "000.txt").read_text()
+
+
+def test_the_log_begins_with_program_and_resolved_configuration(finished_run, tmp_path):
+    keys, text = finished_run
+    (tmp_path / "log.txt").write_text(text)
+    code, configuration = run_log.read_header(tmp_path / "log.txt")
+    assert code == machine.program_text().rstrip("\n")
+    assert configuration == vars(train.Hyperparameters()) | keys | dict(seed=5, run_id=0, sequences_per_step=2)
+
+
+def test_the_log_names_the_environment_and_draws_the_map(finished_run):
+    hp, text = train.Hyperparameters(vocab_size=256, num_heads=1, model_dim=128), finished_run[1]
+    environment = text.split(f"{run_log.RULE}\n")[2]
+    assert f"Running PyTorch {torch.__version__}" in environment and "device: 1 rank, CPU" in environment
+    assert train.describe_run(hp) in environment
+
+
+def test_every_step_and_validation_has_its_line(finished_run):
+    _, text = finished_run
+    assert [(int(match[1]), int(match[2])) for match in VAL_LINE.finditer(text)] == [(0, 4), (3, 4), (4, 4)]
+    assert [(int(match[1]), int(match[2])) for match in TRAIN_LINE.finditer(text)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_the_log_ends_with_peak_memory_and_how_it_ended(finished_run):
+    *_, peak, ended = finished_run[1].splitlines()
+    assert re.fullmatch(r"peak memory resident: \d+ MiB", peak) and ended.endswith(": finished")
+
+
+def test_run_ids_count_up_and_are_the_seed(run_main, small_config, tmp_path):
+    config = small_config(num_iterations=1, sequences_per_step=1, val_tokens=256, val_loss_every=0)
+    assert [run_main(config, "--seed", 9), run_main(config)] == [0, 0]
+    found = [run_log.read_header(tmp_path / f"logs/small/{number:03d}.txt")[1] for number in (0, 1)]
+    assert [(configuration["run_id"], configuration["seed"]) for configuration in found] == [(0, 9), (1, 1)]
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (["--run_id", 0], "run_id: {folder}/logs/small/000.txt is finished, and a log is never overwritten"),
+    (["--log_dir", "{folder}/small.toml"], "log_dir: cannot write a log, set log_dir to a folder that you can write"),
+    (["--log_dir", "{folder}/link"], "log_dir: cannot write a log"),
+])
+def test_a_log_that_cannot_be_begun_is_a_mistake(run_main, small_config, tmp_path, capsys, options, complaint):
+    """The link leads nowhere, as where a volume is not mounted."""
+    (tmp_path / "logs/small").mkdir(parents=True)
+    (tmp_path / "logs/small/000.txt").write_text("peak memory resident: 1 MiB\n")
+    (tmp_path / "link").symlink_to("/nowhere")
+    assert run_main(small_config(), *(str(option).format(folder=tmp_path) for option in options)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and f"small.toml: {complaint.format(folder=tmp_path)}" in errors[0]

@@ -1,0 +1,50 @@
+"""The repository's own rules: ruff, the directions of imports, and no side effects of importing."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+MODULES = sorted(path for folder in ("configs", "data", "logs") for path in (ROOT / folder).glob("*.py"))
+NAMES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.stem != "__init__"]
+
+
+def test_ruff_finds_nothing():
+    command = [sys.executable, "-m", "ruff", "check", "--quiet", "--no-cache", "--output-format=concise", "."]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_knows_nothing_of_the_training_script_and_shadows_no_library(path):
+    assert not re.search(r"^\s*(import|from) train_gpt_medium\b", path.read_text(), re.MULTILINE)
+    assert path.stem not in sys.stdlib_module_names  # python logs/X.py puts logs/ first on the path
+
+
+IMPORT_ALL = f"""
+import os, signal, sys, threading
+environment, handlers = dict(os.environ), [signal.getsignal(number) for number in (2, 15)]
+import {', '.join(NAMES)}, train_gpt_medium
+import torch
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+assert [signal.getsignal(number) for number in (2, 15)] == handlers and threading.active_count() == 1
+changed = {{name for name in {{*environment, *os.environ}} if environment.get(name) != os.environ.get(name)}}
+assert not any("TORCH" in name or "CUDA" in name or "OMP" in name for name in changed), changed
+"""
+
+
+@pytest.mark.slow
+def test_importing_has_no_side_effects(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", IMPORT_ALL]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []
+
+
+def test_configs_data_and_logs_are_read_without_pytorch():
+    """Fetching, comparing and --help of the queue take no seconds for it."""
+    code = "import configs.keys, configs.checks, data.shards, logs.run_log, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
