@@ -254,7 +254,7 @@ def test_a_signal_in_a_validation_or_while_a_checkpoint_is_written_waits(start, 
                   f"before(train.Trainer, 'validate', {send}, lambda trainer, step: step == 10)"):
         of_run = start(config, "--run_id", 0, "--checkpoint_every", 2, ranks=2, fault=fault)
         assert of_run.statuses() in ([143, 143], [0, 0]), of_run.output("stderr")
-    assert results(log) == undisturbed(config, 2) and resumed_at(log) == [3, 7]
+    assert results(log) == undisturbed(config, 2) and resumed_at(log) == [4, 7]
 
 
 @pytest.mark.slow
@@ -352,9 +352,11 @@ def test_a_rank_that_hangs_is_ended_with_its_stack(start, config, log, resume):
     ("checkpoint, 'write'", "MemoryError('of rank 0')"),
     ("run_log.RunLog, 'size'", "OSError('of rank 0')"),
     ("run_log.RunLog, 'train_line'", "OSError('of rank 0')"),
-])
+], ids=["the checkpoint's file", "the log's size", "the log"])
 def test_what_fails_on_one_rank_only_ends_all(start, config, log, failing, error):
-    of_run = start(config, *RUN, ranks=2, fault=f"before({failing}, lambda: rank() == 0 and fail({error}))")
+    """The others do not wait for it until the timeout."""
+    fault = f"at_step(2, lambda: before({failing}, lambda: rank() or fail({error})))"
+    of_run = start(config, *RUN, ranks=2, fault=fault)
     assert of_run.statuses() == [1, 1] and f"train_gpt_medium.py: {log}: " in of_run.output("stderr")
     assert last_line(log, "ended: ").endswith("of rank 0")
 
@@ -365,7 +367,7 @@ def test_what_fails_on_one_rank_only_ends_all(start, config, log, failing, error
     ("5, lambda trainer: trainer.model.lm_head_w.data, math.nan", 6, "a weight or an optimizer state is not finite"),
     ("5, lambda trainer: next(iter(trainer.optimizers[1].state.values()))['momentum_buffer'], math.inf", 6,
      "a weight or an optimizer state is not finite"),
-    ("4, lambda trainer: trainer.model.scalars.data[:1], math.nan", 5, "the validation loss is nan"),
+    ("4, lambda trainer: trainer.model.lm_head_w.data, math.nan", 5, "the validation loss is nan"),
 ], ids=["weight", "state", "loss"])
 def test_a_run_that_diverges_ends_and_is_finished(start, finish, config, log, resume, ranks, spoilt, step, what):
     """The checkpoint before stays."""
@@ -387,7 +389,7 @@ def test_a_run_that_diverges_ends_and_is_finished(start, finish, config, log, re
 def test_no_space_for_checkpoints_does_not_end_a_run(finish, config, undisturbed, log):
     of_run = finish(config, *RUN, ranks=2, file_bytes=1_000_000)  # the checkpoint has 27 MB, the log 0.1
     assert of_run.statuses() == [0, 0] and of_run.output("stderr") == ""
-    assert len(re.findall(r"no checkpoint of step \d: .*File too large; an earlier one stays", of_run.output())) == 2
+    assert len(re.findall(r"no checkpoint of step \d: .*File too large; an earlier one stays", of_run.output())) == 3
     assert results(log) == undisturbed(config, 2)
     assert [path.name for path in log.parent.iterdir()] == ["000.txt"]
 
@@ -410,7 +412,7 @@ before(checkpoint, "write", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1
        lambda path, content: "resume" not in path.name)
 """)
     weights = log.with_name("000.ckpt")
-    assert of_run.statuses() == [1] and not is_finished(log) and checkpointed_step(resume) == 6
+    assert of_run.statuses() == [1] and not is_finished(log) and checkpointed_step(resume) == 9
     assert len(of_run.complaints()) == 1 and f"{weights}: [Errno 27] File too large" in of_run.complaints()[0]
     assert finish(config, *RUN, "--save_checkpoint", "true").statuses() == [0]
     assert results(log) == undisturbed(config, 1) and checkpointed_step(weights) == STEPS
