@@ -438,13 +438,13 @@ def interrupted(tmp_path_factory, small_data):
 
 
 @pytest.fixture
-def go_on(interrupted, tmp_path, run_main, capsys, log):
+def go_on(interrupted, tmp_path, run_main, capfd, log):
     """Starts a copy of the interrupted run again, in this process; returns exit status and standard error."""
     shutil.copytree(interrupted / "logs", tmp_path / "logs")
 
     def go_on(*options):
         options = ["--run_id", 0, "--checkpoint_every", 2, "--log_dir", tmp_path / "logs", *options]
-        return run_main(interrupted / "small.toml", *options), capsys.readouterr().err
+        return run_main(interrupted / "small.toml", *options), capfd.readouterr().err
 
     return go_on
 
@@ -457,8 +457,14 @@ def refused(result, *fragments):
 def test_what_does_not_change_results_may_change(go_on, log):
     status, errors = go_on("--description", "other words", "--save_checkpoint", "true", "--checkpoint_every", 7,
                            "--step_timeout", 100)
-    assert status == 0 and errors == "" and is_finished(log) and resumed_at(log) == [2]
+    assert (status, errors) == (0, "") and is_finished(log) and resumed_at(log) == [2]
     assert refused(go_on(), f"{log} is finished, and a log is never overwritten; use another run_id")
+
+
+def test_a_kill_in_the_last_moment_leaves_no_checkpoint_for_ever(go_on, log, resume):
+    """Between the last line and the removal; the next start or queue removes it."""
+    log.write_text(log.read_text() + "peak memory resident: 1 MiB\n")
+    assert refused(go_on(), f"{log} is finished") and not resume.exists()
 
 
 @pytest.mark.parametrize("option, value, fragment", [
@@ -518,11 +524,11 @@ def test_a_log_that_has_become_shorter_is_refused(go_on, log):
 
 
 @pytest.mark.slow
-def test_a_run_that_another_process_runs_is_refused(start, config, log, run_main, capsys, monkeypatch):
+def test_a_run_that_another_process_runs_is_refused(start, config, log, run_main, capfd, monkeypatch):
     monkeypatch.setattr(run_log, "LOCK_WAIT_S", 1)
     start(config, *RUN, fault="at_step(1, hang)")
     wait_until(lambda: log.exists() and "step:1/10 train_time" in log.read_text())
-    assert refused((run_main(config, *RUN), capsys.readouterr().err), f"{log}: another process runs this")
+    assert refused((run_main(config, *RUN), capfd.readouterr().err), f"{log}: another process runs this")
 
 
 # -----------------------------------------------------------------------------
