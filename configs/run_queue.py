@@ -18,7 +18,7 @@ from statistics import mean
 
 from configs.launch import Launcher, complain
 from configs.queue_plan import ROOT, Experiment, arrange, check_experiments, plan_with_data, read_options
-from logs.run_log import is_finished, last_line, plural, say
+from logs.run_log import is_finished, last_line, plural, remove_leftover, say
 from logs.status import QueueFile, problem, queue_path
 
 NOTIFY_S = 30  # a notification may take
@@ -38,6 +38,7 @@ class Queue:
                 self.runs.append((experiment, run_id))
                 continue
             self.outcomes[log] = problem(log)
+            remove_leftover(log)
             if time_ms := re.search(r"train_time:(\d+)ms", last_line(log, "step:")):
                 self.earlier_s.append(int(time_ms[1]) / 1000)
 

@@ -74,6 +74,12 @@ def checkpoint_path(log: Path) -> Path:
     return log.with_suffix(".resume.ckpt")
 
 
+def remove_leftover(log: Path) -> None:
+    """Remove the checkpoint of a run that was killed between its last line and the removal."""
+    if last_line(log, "peak memory "):  # that of a run that diverged stays
+        checkpoint_path(log).unlink(missing_ok=True)
+
+
 # -----------------------------------------------------------------------------
 # Writing
 
@@ -123,6 +129,7 @@ class RunLog:
         else:
             raise ValueError(f"{self.path}: another process runs this; wait for its end or use another run_id")
         if is_finished(self.path):
+            remove_leftover(self.path)
             raise ValueError(f"{self.path} is finished, and a log is never overwritten; use another run_id")
 
     def size(self) -> int:

@@ -5,6 +5,7 @@ Trains for 20 steps with a checkpoint every 5, and prints the checkpoint's size,
 """
 
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -38,9 +39,10 @@ def main(arguments: list[str]) -> int:
     timed(train, "save", still)
     timed(checkpoint, "write", written, sizes)
     timed(train.Trainer, "train_step", steps)
-    with tempfile.TemporaryDirectory() as folder:
-        status = train.main([*arguments, *RUN, "--log_dir", folder])
+    folder = f"{tempfile.gettempdir()}/benchmark_checkpoint_{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
+    status = train.main([*arguments, *RUN, "--log_dir", folder])
     if status == 0 and os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(folder)
         still_ms, written_ms, step_ms = (1000 * statistics.median(seconds) for seconds in (still, written, steps[1:]))
         print(f"{len(still)} checkpoints of {sizes[0] / 1e6:,.0f} MB: training stands still for {still_ms:,.0f} ms, of "
               f"which {written_ms:,.0f} ms write the file; a step takes {step_ms:,.0f} ms (medians)")
