@@ -28,7 +28,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -45,8 +44,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configs import run_queue
-from configs.checks import check_data, check_keys_together, draw_map, fitting_ranks
-from configs.keys import error_context, expand_path, key, load, parse_command_line
+from configs.checks import check_run, count_parameters, draw_map, expand_path, fitting_ranks
+from configs.keys import error_context, key, load, parse_command_line
 from data.batches import next_batch, to_inputs_and_targets, train_batches, val_sequences
 from data.shards import Shard, open_shards
 from logs import checkpoint, machine, ranks, run_log
@@ -400,11 +399,8 @@ def model_on_meta(hp: Hyperparameters) -> GPT:
 
 def describe_run(hp: Hyperparameters) -> str:
     """The map as a drawing and the number of parameters by part, for the user to look at before anything starts."""
-    counts: Counter[str] = Counter()
-    for name, p in model_on_meta(hp).named_parameters():
-        counts["ve_gate_w" if "ve_gate_w" in name else name.partition(".")[0]] += p.numel()
     drawing = draw_map(tables_of_layers(hp.value_embeddings), notes={NO_ATTENTION_LAYER: "no attention"})
-    return "\n".join([drawing, "parameters:", *(f"{n:>15,}  {part}" for part, n in counts.items())])
+    return f"{drawing}\n{count_parameters(model_on_meta(hp))}"
 
 
 # -----------------------------------------------------------------------------
@@ -575,8 +571,6 @@ def set_schedules(optimizers: tuple[torch.optim.AdamW, Muon], step: int, hp: Hyp
 # -----------------------------------------------------------------------------
 # Training
 
-START_TIMEOUT_S = 1200  # without progress, before the first step is done: the compiler works then
-
 
 class Clock:
     """Time spent on training. It runs only between `start` and `stop`, and each of these waits for all ranks' GPUs."""
@@ -609,7 +603,7 @@ class Trainer:
     def __init__(self, hp: Hyperparameters, device: torch.device):
         self.hp, self.device = hp, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.timeout_s = max(START_TIMEOUT_S, hp.step_timeout)
+        self.timeout_s = max(ranks.START_TIMEOUT_S, hp.step_timeout)
         torch.manual_seed(hp.seed)
         with device:
             self.raw_model = GPT(hp)
@@ -725,7 +719,6 @@ def train(trainer: Trainer, log: RunLog, stop: ranks.StopFlag, code: str, first_
             if hp.checkpoint_every:
                 save(trainer, log, code, step + 1, clock.stopped_ms)
             if signal_number:
-                ranks.wait_for_all(trainer.device)  # the launcher ends all ranks when the first is gone
                 raise ranks.Stopped(signal_number, "with a checkpoint; the same config and run_id go on from it"
                                     if hp.checkpoint_every else "without a checkpoint, as checkpoint_every is 0")
             clock.start()
@@ -752,16 +745,6 @@ def save(trainer: Trainer, log: RunLog, code: str, step: int, train_time_ms: flo
 # Main
 
 
-def check_run(hp: Hyperparameters, config: Path, world_size: int) -> None:
-    """Raises ValueError for the first thing that would stop this run: it names the file, the key and the fix."""
-    with error_context(str(config)):
-        check_keys_together(hp, world_size)
-        with error_context("init_from"):
-            if hp.init_from:
-                checkpoint.read_weights(hp.init_from, model_on_meta(hp))
-        check_data(hp)
-
-
 def plan_queue(arguments: Sequence[str]) -> list[run_queue.Experiment]:
     """The experiments that the queue shall run. Raises ValueError for the first thing that would stop one."""
     configs, overrides, _ = parse_command_line(Hyperparameters, arguments, __doc__)
@@ -770,7 +753,7 @@ def plan_queue(arguments: Sequence[str]) -> list[run_queue.Experiment]:
     experiments = []
     for config in configs:
         hp = load(Hyperparameters, config, overrides)
-        check_run(hp, config, world_size=1)
+        check_run(hp, config, world_size=1, make_model=model_on_meta)
         best = max(n for n in fitting_ranks(hp) if n <= devices)
         folder = log_path(hp.log_dir, hp.scale, config, 0).parent
         options = [f"--{name}={text}" for name, text in overrides.items()]
@@ -795,7 +778,7 @@ def plan_run(arguments: Sequence[str]) -> tuple[Run, bool]:
     if len(configs) > 1:
         raise ValueError(f"unexpected argument {configs[1]}: a run has one config; ./run.sh takes several")
     hp, device = load(Hyperparameters, configs[0], overrides), machine.find_device()
-    check_run(hp, configs[0], dist.get_world_size())
+    check_run(hp, configs[0], dist.get_world_size(), make_model=model_on_meta)
     return Run(configs[0], hp, device), only_check
 
 
@@ -833,6 +816,7 @@ def carry_out(run: Run, code: str) -> None:
     trainer.warm_up()
     if state is not None:
         checkpoint.restore(state, trainer.raw_model, *trainer.optimizers)
+        state.clear()  # the file is mapped: until its end the run would hold its place on the disk
     train(trainer, log, stop, code, step, time_ms)
     if log.path is not None:
         if hp.save_checkpoint:
@@ -851,7 +835,7 @@ def main(arguments: Sequence[str]) -> int:
     code = machine.program_text()
     ranks.start_process_group()
     run, only_check = ranks.together(plan_run, arguments)
-    ranks.together(ranks.check_same, asdict(run.hp))
+    ranks.together(ranks.check_same, asdict(run.hp) | {"program text": code})
     if dist.get_rank() == 0:
         run_log.say(f"{describe_run(run.hp)}\n{machine.describe_device(run.device, dist.get_world_size())}")
     if only_check:
@@ -863,5 +847,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save needs no traceback
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save needs no traceback
     sys.exit(main(sys.argv[1:]))

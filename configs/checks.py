@@ -5,13 +5,26 @@
 
 import math
 import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from configs.keys import error_context
 from data.shards import check_stream, fineweb_shards_needed
+from logs.checkpoint import read_weights
 from logs.run_log import plural
 
 HEAD_DIM = 128
+
+
+def expand_path(value: str) -> str:
+    """A check for keys that name files: not empty, with ~ expanded."""
+    if not value:
+        raise ValueError("is empty; name a path, or leave the key out for its default")
+    return os.path.expanduser(value)
 
 
 def fitting_ranks(hp: Any) -> list[int]:
@@ -49,6 +62,19 @@ def check_data(hp: Any) -> None:
             check_stream(getattr(hp, files), hp.vocab_size, batch_tokens, needed, purpose, fineweb_shards)
 
 
+def check_run(hp: Any, config: Path, world_size: int, make_model: Callable[[Any], nn.Module]) -> None:
+    """Raises ValueError for the first thing that would stop this run: it names the file, the key and the fix.
+
+    `make_model(hp)` is the model, for the names and shapes of its parameters.
+    """
+    with error_context(str(config)):
+        check_keys_together(hp, world_size)
+        with error_context("init_from"):
+            if hp.init_from:
+                read_weights(hp.init_from, make_model(hp))
+        check_data(hp)
+
+
 def draw_map(tables_of_layers: list[list[int]], notes: dict[int, str]) -> str:
     """The layers from first to last, a column for each table: o if a layer uses it, | between its uses.
 
@@ -62,3 +88,11 @@ def draw_map(tables_of_layers: list[list[int]], notes: dict[int, str]) -> str:
         note = f"table{'s' * (len(used) > 1)} {', '.join(map(str, used))}" if used else notes.get(layer, "")
         lines.append(f"  layer {layer:2d}  {' '.join(cells)}  {note}".rstrip())
     return "\n".join(lines)
+
+
+def count_parameters(model: nn.Module) -> str:
+    """How many parameters each part of the model has."""
+    counts: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        counts["ve_gate_w" if "ve_gate_w" in name else name.partition(".")[0]] += p.numel()
+    return "\n".join(["parameters:", *(f"{n:>15,}  {part}" for part, n in counts.items())])

@@ -7,20 +7,16 @@ import argparse
 import difflib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
-
-Keys = TypeVar("Keys")
-
 
 # A key of a new type is one line here: what its values are called, and how to recognise one.
 TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
@@ -63,9 +59,7 @@ def check_limits(value: float, at_least: float, at_most: float, multiple_of: int
     if not value <= at_most:
         raise ValueError(f"{value} is too large; use at most {at_most}")
     if isinstance(value, int) and value % multiple_of:
-        below = value // multiple_of * multiple_of
-        nearest = f"{below} or {below + multiple_of}" if below else f"{multiple_of}"
-        raise ValueError(f"{value} is not a multiple of {multiple_of}; use {nearest}")
+        raise ValueError(f"{value} is not a multiple of {multiple_of}; use {-(-value // multiple_of) * multiple_of}")
 
 
 def check_value(f: Field, value: Any) -> Any:
@@ -88,15 +82,14 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]:
     """The checked keys of a flat TOML file. Raises ValueError naming the file, the key and the fix."""
     if not path.is_file():
-        known = [known.stem for known in sorted(path.parent.glob("*.toml"))] or ["baseline"]
-        raise ValueError(f"{path}: no such config file; did you mean {path.with_name(nearest(path.stem, known))}.toml?")
+        folder = "configs/scales" if is_scale else "configs"
+        known = [file.stem for file in (Path(__file__).parent.parent / folder).glob("*.toml")]
+        raise ValueError(f"{path}: no such file; did you mean {folder}/{nearest(path.stem, known)}.toml?")
     with error_context(str(path)):
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"TOML syntax error: {error}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not a TOML file in UTF-8: {error}") from None
     known = {f.name: f for f in fields(cls)}
     for name, value in values.items():
         with error_context(f"{path}: {name}"):
@@ -123,7 +116,7 @@ def read_override(f: Field, text: str) -> Any:
         return check_value(f, parsed["value"])
 
 
-def load(cls: type[Keys], config: Path, overrides: dict[str, str]) -> Keys:
+def load(cls: type, config: Path, overrides: dict[str, str]) -> Any:
     """Defaults, then the config file, then the scale's file, then the options. Raises ValueError as the readers do."""
     values = read_config(cls, config)
     options = {f.name: read_override(f, overrides[f.name]) for f in fields(cls) if f.name in overrides}
@@ -140,14 +133,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {' '.join(self.format_usage().split())}, --help says more")
 
 
-def parse_command_line(cls: type, arguments: Sequence[str],
-                       description: str) -> tuple[list[Path], dict[str, str], bool]:
+def parse_command_line(cls: type, arguments: Sequence[str], about: str) -> tuple[list[Path], dict[str, str], bool]:
     """The configs, the text of each overridden key, and whether only to check.
 
     Raises ValueError for an unknown option, no config, or a word that is no config.
     """
     parser = OneLineParser(usage="%(prog)s CONFIG.toml [--KEY VALUE ...] [--check]", allow_abbrev=False,
-                           description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+                           description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", metavar="CONFIG.toml", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="check config and data, show the map, and stop")
     for f in fields(cls):
@@ -155,19 +147,14 @@ def parse_command_line(cls: type, arguments: Sequence[str],
         shown = "" if default in ("", None) else f" (default: {json.dumps(default)})"
         parser.add_argument(f"--{f.name}", metavar="VALUE", default=argparse.SUPPRESS, help=meaning + shown)
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        option, names = unknown[0].partition("=")[0], [f.name for f in fields(cls)]
-        raise ValueError(f"{option}: unknown key; the nearest known one is --{nearest(option.lstrip('-'), names)}")
     given = vars(options)
     configs, only_check = given.pop("configs"), given.pop("check")
-    if no_config := [str(config) for config in configs if config.suffix != ".toml"]:
-        raise ValueError(f"unexpected argument {no_config[0]}: a config ends in .toml, a key is set with --KEY VALUE; "
+    words = [str(path) for path in configs if path.suffix != ".toml"]
+    if words := words + [word for word in unknown if not word.startswith("-")]:
+        raise ValueError(f"unexpected argument {words[0]}: a config ends in .toml, a key is set with --KEY VALUE; "
                          "quote a VALUE with brackets, spaces or *")
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        similar = nearest(option.lstrip("-"), [f.name for f in fields(cls)])
+        raise ValueError(f"{option}: unknown key; the nearest known one is --{similar}")
     return configs, given, only_check
-
-
-def expand_path(value: str) -> str:
-    """A check for keys that name files: not empty, with ~ expanded."""
-    if not value:
-        raise ValueError("is empty; name a path, or leave the key out for its default")
-    return os.path.expanduser(value)

@@ -20,18 +20,16 @@ from typing import TypeVar
 
 import numpy as np
 
+from logs.run_log import plural
+
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 WHOLLY_CHECKED_TOKENS = 2**23  # in shards up to this size every token id is checked
 SAMPLE_PIECES, SAMPLE_PIECE_TOKENS = 64, 2**14  # in larger ones this many pieces, spread evenly
 LOCAL_TEXT_FOLDER = Path(__file__).resolve().parent / "local_text"
 FINEWEB_FOLDER = Path(__file__).resolve().parent / "fineweb10B"
 FINEWEB_SHARDS, FINEWEB_SHARD_TOKENS = 103, 100_000_000  # for training
-GPT2_VOCAB_SIZE = 50257
 T = TypeVar("T")
 
-
-def plural(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 class MissingShardsError(ValueError):

@@ -3,9 +3,11 @@
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ from logs.run_log import RunLog, end_with_parent
 
 Result = TypeVar("Result")
 
+START_TIMEOUT_S = 1200  # without progress, before the first step is done: the compiler works then
+
 
 def start_process_group() -> None:
     """Join the ranks that torchrun started; without torchrun this process is the only rank.
@@ -23,8 +27,12 @@ def start_process_group() -> None:
     CPU tensors go over gloo, GPU tensors over NCCL. The timeout is an hour, not ten minutes: ranks whose compile caches
     differ reach the first collective minutes apart, and `allow_seconds` ends a hung rank.
     """
+    allow_seconds(START_TIMEOUT_S)
     if dist.is_torchelastic_launched():
         end_with_parent(signal.SIGKILL)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # A launcher that died before the line above no longer answers; the process group would wait for it.
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     alone = {} if dist.is_torchelastic_launched() else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
@@ -120,8 +128,10 @@ class StopFlag:
 
     def handle(self, number: int, frame: Any) -> None:
         if self.sent is None or number == self.signal:
-            self.log.end(f"ended at once by signal {number}")
-            os._exit(128 + number)
+            try:
+                self.log.end(f"ended at once by signal {number}")
+            finally:  # the signal may have come while the log was being written to
+                os._exit(128 + number)
         self.signal = number
 
     def agreed(self) -> int:
@@ -140,22 +150,25 @@ def run_and_report(log: RunLog, run: Callable[..., None], *arguments: Any) -> in
 
     After an error the process ends here: the process group's farewell would wait for ranks that are gone.
     """
-    status, is_ours = 1, dist.get_rank() == 0
+    status, is_everyones = 1, False
     try:
         run(*arguments)
         dist.destroy_process_group()
         return 0
     except Diverged as error:
-        why = str(error)
-        log.to_file(why)
+        why, is_everyones = str(error), True
+        with suppress(OSError):
+            log.to_file(why)
     except Stopped as error:
-        why, status = str(error), 128 + error.signal
+        why, status, is_everyones = str(error), 128 + error.signal, True
     except (ValueError, OSError) as error:
-        why, is_ours = one_line(error), True
+        why = one_line(error)
     except BaseException as error:  # ours, or the GPU's
         traceback.print_exc()
-        why, is_ours = f"{type(error).__name__}: {one_line(error)}", True
+        why = f"{type(error).__name__}: {one_line(error)}"
     log.end(why)
-    if is_ours:
+    if dist.get_rank() == 0 or not is_everyones:
         print_error(f"{log.path or f'rank {dist.get_rank()}'}: {why}")
+    if is_everyones:
+        gather(None)  # when the first rank is gone, the launcher ends the others
     os._exit(status)

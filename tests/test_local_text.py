@@ -1,22 +1,22 @@
 """data/local_text.py: text files become shards of bytes."""
 
-import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
 
-import train_gpt_medium as train
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-spec = importlib.util.spec_from_file_location("local_text", ROOT / "data" / "local_text.py")
-local_text = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(local_text)
+from data import local_text
+from data.shards import open_shards
 
 
 def read_back(folder):
-    """Training and validation tokens from the shards in a folder, read as the training script reads them."""
-    return tuple(np.concatenate(train.open_shards(f"{folder}/local_{kind}_*.bin")) for kind in ("train", "val"))
+    """Training and validation tokens from the shards in a folder."""
+    shards = (open_shards(f"{folder}/local_{kind}_*.bin") for kind in ("train", "val"))
+    return tuple(np.concatenate([shard.read(0, shard.num_tokens) for shard in each]) for each in shards)
 
 
 @pytest.fixture
@@ -89,16 +89,19 @@ def test_byte_frequency_loss_of_a_known_distribution():
     assert local_text.byte_frequency_loss(train_tokens, np.arange(256)) == pytest.approx(math.log(256), abs=1e-3)
 
 
-@pytest.mark.parametrize("content", [None, "little"])
-def test_mistakes_are_one_line(tmp_path, capsys, content):
-    path = tmp_path / "text.txt"
-    if content:
-        path.write_text(content)
-    assert local_text.main([str(path)]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+@pytest.mark.parametrize("make, complaint", [
+    (lambda path: None, "no such file, or a folder without files"),
+    (lambda path: path.mkdir(), "no such file, or a folder without files"),
+    (lambda path: path.write_text("little"), "too little text"),
+])
+def test_mistakes_are_one_line(tmp_path, capsys, make, complaint):
+    make(tmp_path / "text")
+    assert local_text.main([str(tmp_path / "text")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and complaint in errors[0]
 
 
 def test_without_a_path_it_takes_the_standard_library():
-    names = {path.name for path in local_text.standard_library()}
-    assert {"argparse.py", "dataclasses.py", "os.py"} <= names
-    assert not any("site-packages" in path.parts for path in local_text.standard_library())
+    paths = local_text.standard_library()
+    assert {"argparse.py", "dataclasses.py", "os.py"} <= {path.name for path in paths}
+    assert not any("site-packages" in path.parts for path in paths)
