@@ -21,7 +21,6 @@ https://github.com/snimu/modded-nanogpt-experiments), a gate on them (the speedr
 https://github.com/karpathy/nanochat), their initial values and learning rate (the speedrun's pull request 218).
 """
 
-import itertools
 import json
 import math
 import os
@@ -33,7 +32,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +43,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configs import run_queue
 from configs.checks import check_run, count_parameters, draw_map, expand_path, fitting_ranks
-from configs.keys import error_context, key, load, parse_command_line
-from data.batches import next_batch, to_inputs_and_targets, train_batches, val_sequences
-from data.shards import Shard, open_shards
+from configs.keys import key, load, parse_command_line
+from data.batches import to_inputs_and_targets, train_batches, val_sequences
+from data.shards import open_shards
 from logs import checkpoint, machine, ranks, run_log
-from logs.run_log import RunLog, log_path, plural
+from logs.resume import Run, begin_log, claim, save
+from logs.run_log import log_path, plural
 
 # -----------------------------------------------------------------------------
 # Architecture: what no config changes
@@ -124,9 +123,6 @@ class Hyperparameters:
     step_timeout: int = key(600, "seconds without progress after which a run is ended as hung", at_least=1)
 
 
-MAY_CHANGE = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout"}  # in an interrupted run
-
-
 def tables_of_layers(tables: list[list[int]]) -> list[list[int]]:
     """For each layer the tables that it uses, in their order."""
     return [[k for k, table in enumerate(tables) if layer in table] for layer in range(NUM_LAYERS)]
@@ -137,16 +133,14 @@ def tables_of_layers(tables: list[list[int]]) -> list[list[int]]:
 #
 # Attention is causal, within documents, and within a window of blocks of 128 tokens. Which key blocks a query block
 # sees is worked out on blocks: a *full* block is seen by every token, a *partial* one is masked token by token.
-# FlexAttention takes these lists as they are; the dense mask for CPUs is made from the same lists.
+# FlexAttention takes them as lists; the dense mask for CPUs is made from the same blocks.
 
 
-class BlockLists(NamedTuple):
-    """The key blocks of each query block, nearest first; entries of a row beyond its count mean nothing."""
+class SeenBlocks(NamedTuple):
+    """Which key blocks each query block sees: bool, (query blocks, key blocks)."""
 
-    partial_count: Tensor  # (blocks,) int32
-    partial: Tensor  # (blocks, blocks) int32
-    full_count: Tensor  # (blocks,) int32
-    full: Tensor  # (blocks, blocks) int32
+    partial: Tensor
+    full: Tensor
 
 
 def document_ids(tokens: Tensor, end_of_text: int) -> Tensor:
@@ -154,54 +148,55 @@ def document_ids(tokens: Tensor, end_of_text: int) -> Tensor:
     return (tokens == end_of_text).cumsum(0)
 
 
-def nearest_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (blocks,) and lists (blocks, blocks) of the key blocks that are true in `chosen` (query, key)."""
-    number = torch.arange(1, chosen.size(1) + 1, dtype=torch.int32, device=chosen.device)
-    order = (chosen * number).argsort(dim=1, descending=True)
-    return chosen.sum(dim=1, dtype=torch.int32), order.to(torch.int32)
-
-
-def document_blocks(docs: Tensor) -> BlockLists:
-    """The lists without a window, from the document of each token, (T,)."""
+def document_blocks(docs: Tensor) -> SeenBlocks:
+    """The blocks without a window, from the document of each token, (T,)."""
     first, last = docs.view(-1, BLOCK_SIZE)[:, 0], docs.view(-1, BLOCK_SIZE)[:, -1]
     block = torch.arange(len(first), device=docs.device)
-    # Documents are numbered in order, so for an earlier key block one comparison tells.
+    # Documents are numbered in order, so one comparison is enough for keys that do not come after the queries.
     candidate = (block <= block[:, None]) & (last >= first[:, None])
     full = (block < block[:, None]) & (first == last[:, None])
-    return BlockLists(*nearest_first(candidate & ~full), *nearest_first(full))
+    return SeenBlocks(candidate & ~full, full)
 
 
-def clip_to_window(lists: BlockLists, window: Tensor) -> BlockLists:
+def nearest(blocks: Tensor, limit: Tensor) -> Tensor:
+    """The nearest `limit` key blocks in each row of `blocks` (query blocks, key blocks)."""
+    return blocks & (blocks.flip(1).cumsum(1).flip(1) <= limit)
+
+
+def clip_to_window(blocks: SeenBlocks, window: Tensor) -> SeenBlocks:
     """Keep the nearest window - 1 full blocks, and as many partial ones as fill the window, but at least one.
 
     `window` is in blocks, 0-dimensional int32: a tensor, so that nothing is compiled again for a new window.
     """
-    return lists._replace(
-        partial_count=torch.minimum(lists.partial_count, (window - lists.full_count).clamp(min=1)),
-        full_count=torch.minimum(lists.full_count, (window - 1).clamp(min=0)),
-    )
+    left_for_partial = (window - blocks.full.sum(1, keepdim=True)).clamp(min=1)
+    return SeenBlocks(nearest(blocks.partial, left_for_partial), nearest(blocks.full, window - 1))
 
 
-def flex_mask(lists: BlockLists, docs: Tensor) -> BlockMask:
-    """The lists as FlexAttention wants them, for one batch entry and all heads alike."""
+def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and, row by row, lists of the columns that are true in `blocks` (rows, columns), for FlexAttention.
+
+    By rank, not by a sort, which takes as long to compile as a kind of block.
+    """
+    rank = blocks.cumsum(1)
+    column = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device).expand_as(rank)
+    columns = column.new_zeros(len(rank), len(rank) + 1).scatter(1, rank * blocks, column)  # column 0 takes the others
+    return rank[None, None, :, -1].int(), columns[None, None, :, 1:].contiguous()
+
+
+def flex_mask(blocks: SeenBlocks, docs: Tensor) -> BlockMask:
+    """The mask for FlexAttention, for one batch entry and all heads alike."""
 
     def document_causal(b, h, q_idx, kv_idx):
         return (q_idx >= kv_idx) & (docs[q_idx] == docs[kv_idx])
 
-    partial_count, partial, full_count, full = (x[None, None].contiguous() for x in lists)
-    return BlockMask.from_kv_blocks(partial_count, partial, full_count, full, BLOCK_SIZE, document_causal)
+    keys, queries = ((*listed(partial), *listed(full)) for partial, full in (blocks, (x.T for x in blocks)))
+    return BlockMask((len(docs), len(docs)), *keys, *queries, (BLOCK_SIZE, BLOCK_SIZE), document_causal)
 
 
-def dense_mask(lists: BlockLists, docs: Tensor) -> Tensor:
+def dense_mask(blocks: SeenBlocks, docs: Tensor) -> Tensor:
     """The same mask as (T, T) fp32, added to the scores: 0 if a query sees a key, else -inf."""
-
-    def to_tokens(count: Tensor, blocks: Tensor) -> Tensor:
-        listed = torch.arange(len(count)) < count[:, None]
-        chosen = torch.zeros_like(listed).scatter(1, blocks.long(), listed)  # (query blocks, key blocks)
-        return chosen.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
-
-    document_causal = (docs[:, None] == docs).tril()
-    seen = to_tokens(lists.full_count, lists.full) | to_tokens(lists.partial_count, lists.partial) & document_causal
+    partial, full = (x.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1) for x in blocks)
+    seen = full | partial & (docs[:, None] == docs).tril()
     return torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
 
 
@@ -214,9 +209,9 @@ def attention_masks(tokens: Tensor, end_of_text: int, window: Tensor) -> tuple[M
     Dense on a CPU, where FlexAttention has no backward.
     """
     docs = document_ids(tokens, end_of_text)
-    lists = document_blocks(docs)
+    blocks = document_blocks(docs)
     make_mask = flex_mask if tokens.device.type == "cuda" else dense_mask
-    return make_mask(clip_to_window(lists, window), docs), make_mask(clip_to_window(lists, window // 2), docs)
+    return make_mask(clip_to_window(blocks, window), docs), make_mask(clip_to_window(blocks, window // 2), docs)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -250,14 +245,15 @@ class Rotary(nn.Module):
         super().__init__()
         frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, HEAD_DIM // 4), torch.zeros(HEAD_DIM // 4)])
         theta = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequency
-        self.register_buffer("cos", theta.cos(), persistent=False)  # (max_seq_len, head_dim / 2) fp32
-        self.register_buffer("sin", theta.sin(), persistent=False)
+        theta = torch.stack([theta, -theta], dim=1)[:, None]
+        self.register_buffer("cos", theta[:, :, :1].cos(), persistent=False)  # (max_seq_len, 1, 1, head_dim / 2) fp32
+        self.register_buffer("sin", theta.sin(), persistent=False)  # (max_seq_len, 1, 2, head_dim / 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (1, T, heads, head_dim), rotated by position in fp32, in x's dtype."""
-        cos, sin = self.cos[: x.size(1), None], self.sin[: x.size(1), None]
-        x1, x2 = x.float().chunk(2, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+        halves = x.float().unflatten(-1, (2, -1))
+        rotated = halves * self.cos[: x.size(1)] + halves.flip(-2) * self.sin[: x.size(1)]
+        return rotated.flatten(-2).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -269,29 +265,42 @@ class CausalSelfAttention(nn.Module):
         if is_gated:
             self.ve_gate_w = nn.Parameter(torch.zeros(num_heads, GATE_DIM))  # (H, 16)
 
-    def forward(self, x: Tensor, rows: list[Tensor], lambdas: list[Tensor], mask: Mask, rotary: Rotary) -> Tensor:
-        """x (T, d) -> (T, d).
-
-        `rows` are those of the layer's tables, (T, d) each; `lambdas` 0-dimensional, of v and then of each table.
-        """
+    def forward(self, x: Tensor, rows: list[Tensor], lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
+        """x (T, d), the rows (T, d) of each of the layer's tables, lambdas of v and of each table -> (T, d)."""
         qkv = F.linear(x, self.qkvo_w[:3].flatten(end_dim=1)).view(1, len(x), 3, self.num_heads, HEAD_DIM)
         q, k, v = qkv.unbind(dim=2)  # (1, T, heads, head_dim) each
         q, k = rotary(norm(q)), rotary(norm(k))
-        v = lambdas[0] * norm(v)
+        # One a token and head, (1, T, heads, 1) each, so that their gradients are added up where the norm's are.
+        weight, *table_weights = lambdas.expand(*v.shape[:-1], 1, -1).unbind(-1)
+        v = weight * norm(v)
         if rows:
-            v = v + self.value_embedding(x, rows, lambdas[1:]).view_as(v)
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+            v = v + self.value_embedding(x, [w * row.view_as(v) for w, row in zip(table_weights, rows)])
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.type_as(q).transpose(1, 2), mask)
         return F.linear(y.transpose(1, 2).reshape(x.shape), self.qkvo_w[3])
 
-    def value_embedding(self, x: Tensor, rows: list[Tensor], lambdas: list[Tensor]) -> Tensor:
-        """What is added to the values (T, d): the weighted rows, times a gate between 0 and 2 for each head."""
-        total = lambdas[0] * rows[0]
-        for weight, more in zip(lambdas[1:], rows[1:]):
-            total = total + weight * more
+    def value_embedding(self, x: Tensor, weighted_rows: list[Tensor]) -> Tensor:
+        """What is added to v, (1, T, heads, head_dim): the sum of the rows, times a gate in (0, 2) for each head."""
+        total = sum(weighted_rows[1:], weighted_rows[0])
         if not hasattr(self, "ve_gate_w"):
             return total
-        gate = 2 * torch.sigmoid(F.linear(norm(x)[:, :GATE_DIM], self.ve_gate_w))  # (T, heads)
-        return gate[:, :, None] * total.view(len(x), self.num_heads, HEAD_DIM)
+        return 2 * torch.sigmoid(F.linear(norm(x)[:, :GATE_DIM], self.ve_gate_w))[..., None] * total
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)**2, which keeps only its result for the backward: x would be 512 MiB more a layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        root = ctx.saved_tensors[0].sqrt()
+        if root.dtype == torch.bfloat16:  # then it is relu(x) exactly; compiled code rounds only what is read as bits
+            root = root.view(torch.int16).abs().view(torch.bfloat16)
+        return grad * 2 * root
 
 
 class MLP(nn.Module):
@@ -303,7 +312,23 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, d) -> (T, d), with ReLU squared between the two products."""
-        return F.linear(F.relu(F.linear(x, self.fc_w)).square(), self.proj_w)
+        return F.linear(ReluSquared.apply(F.linear(x, self.fc_w)), self.proj_w)
+
+
+def add_up(*tensors: Tensor) -> Tensor:
+    return sum(tensors[1:], tensors[0])
+
+
+class Share(torch.autograd.Function):
+    """A tensor for `count` readers, whose gradients are added up in one pass; autograd alone adds them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return (torch.compile(add_up, dynamic=False) if grads[0].is_cuda else add_up)(*grads), None
 
 
 class Block(nn.Module):
@@ -313,9 +338,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(hp.model_dim, hp.num_heads, is_gated) if has_attention else None
         self.mlp = MLP(hp.model_dim)
 
-    def forward(self, x: Tensor, x0: Tensor, block_lambdas: Tensor, rows: list[Tensor], attn_lambdas: list[Tensor],
-                mask: Mask, rotary: Rotary) -> Tensor:
-        """x, x0 (T, d) -> (T, d). The attention's input is not normed, the MLP's is."""
+    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, rows: list[Tensor], skip_weight: Tensor,
+                block_lambdas: Tensor, attn_lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
+        """x, x0 and skip (T, d), rows (T, d) of each table -> (T, d). The attention's input is not normed."""
+        if skip is not None:
+            x = x + skip_weight * skip
         x = block_lambdas[0] * x + block_lambdas[1] * x0
         if self.attn is not None:
             x = x + self.attn(x, rows, attn_lambdas, mask, rotary)
@@ -345,9 +372,8 @@ class GPT(nn.Module):
             table.weight.data.mul_(hp.value_embedding_std)
         self.blocks = nn.ModuleList(
             Block(layer, hp.value_embedding_gate and bool(tables), hp) for layer, tables in enumerate(self.tables_of))
-        further = itertools.count(5 * NUM_LAYERS)  # places in `scalars` behind the published ones
-        self.lambda_places = [[3 * NUM_LAYERS + 2 * i, 3 * NUM_LAYERS + 2 * i + 1, *(next(further) for _ in tables[1:])]
-                              for i, tables in enumerate(self.tables_of)]
+        self.further = [max(0, len(tables) - 1) for tables in self.tables_of]  # uses beyond the first, by layer
+        self.attention_masks = attention_masks
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
         padded_vocab_size = -(-hp.vocab_size // 128) * 128
         self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
@@ -355,7 +381,7 @@ class GPT(nn.Module):
             torch.ones(NUM_LAYERS),  # skip weights, (L,)
             torch.tensor([1.0, 0.0]).repeat(NUM_LAYERS),  # block lambdas, (L, 2)
             torch.tensor([0.5, 0.5]).repeat(NUM_LAYERS),  # attention lambdas, (L, 2): of v and of the first table
-            torch.full((next(further) - 5 * NUM_LAYERS,), 0.5),  # of a layer's further tables, layer by layer
+            torch.full((sum(self.further),), 0.5),  # of a layer's further tables, layer by layer
         ]))
 
     def use_bf16(self) -> None:
@@ -366,20 +392,34 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, window: Tensor) -> Tensor:
         """Mean cross-entropy (nats, fp32) of targets (T,) after tokens (T,), under a long window of `window` blocks."""
         L = NUM_LAYERS
-        skip_weights, block_lambdas = self.scalars[:L], self.scalars[L : 3 * L].view(L, 2)
-        long_mask, short_mask = attention_masks(tokens, self.end_of_text, window)
+        skip_weights, block_lambdas = self.scalars[:L].unbind(), self.scalars[L : 3 * L].view(L, 2).unbind()
+        pairs, further = self.scalars[3 * L : 5 * L].view(L, 2).unbind(), self.scalars[5 * L :].split(self.further)
+        attn_lambdas = [torch.cat([pair, more]) if len(more) else pair for pair, more in zip(pairs, further)]
+        long_mask, short_mask = self.attention_masks(tokens, self.end_of_text, window)
         # A value embedding enters here: each table is read once, and every layer that uses it gets the same rows.
         rows = [table(tokens) for table in self.value_embeds]
-        x = x0 = norm(self.embed(tokens))
-        outputs: list[Tensor] = []
+        x, *x0_of = Share.apply(norm(self.embed(tokens)), L + 1)
+        outputs: dict[int, Tensor] = {}  # only those that a skip needs: the others would fill a validation's memory
         for i, block in enumerate(self.blocks):
-            if i in SKIPS:
-                x = x + skip_weights[SKIPS[i]] * outputs[SKIPS[i]]
-            attn_lambdas = [self.scalars[place] for place in self.lambda_places[i]]
+            skip, skip_weight = (outputs[SKIPS[i]], skip_weights[SKIPS[i]]) if i in SKIPS else (None, skip_weights[i])
             mask = long_mask if i in LONG_WINDOW_LAYERS else short_mask
-            x = block(x, x0, block_lambdas[i], [rows[k] for k in self.tables_of[i]], attn_lambdas, mask, self.rotary)
-            outputs.append(x)
+            x = block(x, x0_of[i], skip, [rows[k] for k in self.tables_of[i]], skip_weight, block_lambdas[i],
+                      attn_lambdas[i], mask, self.rotary)
+            if i in SKIPS.values():
+                outputs[i] = x
         return self.loss(norm(x), targets)
+
+    def compile_parts(self) -> None:
+        """Compile each kind of block once, and the masks and the loss.
+
+        Blocks of one kind share a program, which takes their parameters as inputs. Idea: regional compilation
+        (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
+        """
+        torch._dynamo.config.recompile_limit = 64  # each kind of block, for training and for validation
+        for block in self.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+        self.attention_masks = torch.compile(attention_masks, dynamic=False, fullgraph=True)
+        self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets (T,), from the normed output of the last block, (T, d)."""
@@ -606,21 +646,20 @@ class Trainer:
         self.timeout_s = max(ranks.START_TIMEOUT_S, hp.step_timeout)
         torch.manual_seed(hp.seed)
         with device:
-            self.raw_model = GPT(hp)
+            self.model = GPT(hp)
         if device.type == "cuda":
-            self.raw_model.use_bf16()
+            self.model.use_bf16()
         if hp.init_from:
-            self.raw_model.load_state_dict(checkpoint.read_weights(hp.init_from, self.raw_model))
-        for p in self.raw_model.parameters():
+            self.model.load_state_dict(checkpoint.read_weights(hp.init_from, self.model))
+        for p in self.model.parameters():
             dist.broadcast(p.detach(), 0)
         # Opened once, so that data replaced during a run do not change it.
         self.train_shards, self.val_shards = open_shards(hp.train_files), open_shards(hp.val_files)
-        self.optimizers = make_optimizers(self.raw_model, hp, self.rank, self.world_size)
+        self.optimizers = make_optimizers(self.model, hp, self.rank, self.world_size)
         self.loss_weight = torch.tensor(1 / hp.sequences_per_step, device=device)
-        self.model: nn.Module = self.raw_model
         if device.type == "cuda":
             torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
-            self.model = torch.compile(self.raw_model, dynamic=False)
+            self.model.compile_parts()
             self.optimizers[1].update = torch.compile(muon_update, dynamic=False, fullgraph=True)
 
     def window(self, step: int) -> Tensor:
@@ -630,7 +669,7 @@ class Trainer:
         """Start adding up the ranks' gradients. Raises ValueError if a parameter has none."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if any(p.grad is None for p in parameters):
-            name = next(name for name, p in self.raw_model.named_parameters() if p.grad is None)
+            name = next(name for name, p in self.model.named_parameters() if p.grad is None)
             raise ValueError(f"parameter {name} got no gradient: the loss does not depend on it; use it in GPT.forward")
         return [dist.all_reduce(p.grad, async_op=True) for p in parameters]
 
@@ -644,7 +683,7 @@ class Trainer:
             for work in works:
                 work.wait()
             optimizer.step()
-        self.raw_model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         ranks.allow_seconds(self.timeout_s)
 
     @torch.no_grad()
@@ -664,7 +703,7 @@ class Trainer:
         ranks.allow_seconds(self.timeout_s)
         if hp.warmup_steps == 0:
             return
-        weights = deepcopy(self.raw_model.state_dict())
+        weights = deepcopy(self.model.state_dict())
 
         def random_sequences(count: int, seq_len: int) -> tuple[Tensor, Tensor]:
             tokens = np.random.default_rng(0).integers(hp.vocab_size, size=count * seq_len + 1)
@@ -676,25 +715,19 @@ class Trainer:
         inputs, targets = random_sequences(1, hp.val_seq_len)
         with torch.no_grad():
             self.model(inputs[0], targets[0], self.window(0))
-        self.raw_model.load_state_dict(weights)
+        self.model.load_state_dict(weights)
         for optimizer in self.optimizers:
             optimizer.state.clear()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def must_equal(hp: Hyperparameters, code: str, device: torch.device, shards: list[Shard], step: int) -> dict[str, Any]:
-    """What a run that goes on at a step must have in common with the run that was interrupted there."""
-    configuration = {name: value for name, value in asdict(hp).items() if name not in MAY_CHANGE}
-    return configuration | {"program text": code, "device": device.type, "next batch": next_batch(shards, hp, step)}
-
-
-def train(trainer: Trainer, log: RunLog, stop: ranks.StopFlag, code: str, first_step: int, time_ms: float) -> None:
+def train(trainer: Trainer, run: Run, stop: ranks.StopFlag, first_step: int, time_ms: float) -> None:
     """Validate and train from `first_step` on, step by step; the clock, at `time_ms`, runs over training only.
 
     Raises Diverged if a loss, weight or optimizer state is not finite, Stopped after a signal.
     """
-    hp = trainer.hp
+    hp, log = trainer.hp, run.log
     clock = Clock(trainer.device, time_ms)
     batches = train_batches(trainer.train_shards, hp, trainer.rank, trainer.world_size, trainer.device, first_step)
     log.show_progress(hp.num_iterations, first_step)
@@ -717,28 +750,11 @@ def train(trainer: Trainer, log: RunLog, stop: ranks.StopFlag, code: str, first_
         if signal_number or (hp.checkpoint_every and (step + 1) % hp.checkpoint_every == 0):
             clock.stop()
             if hp.checkpoint_every:
-                save(trainer, log, code, step + 1, clock.stopped_ms)
+                save(run, trainer.train_shards, trainer.model, trainer.optimizers, step + 1, clock.stopped_ms)
             if signal_number:
                 raise ranks.Stopped(signal_number, "with a checkpoint; the same config and run_id go on from it"
                                     if hp.checkpoint_every else "without a checkpoint, as checkpoint_every is 0")
             clock.start()
-
-
-def save(trainer: Trainer, log: RunLog, code: str, step: int, train_time_ms: float) -> None:
-    """Write the checkpoint from which this run can go on at a step; that this fails does not end the run.
-
-    Raises Diverged if a weight or an optimizer state is not finite, and leaves the checkpoint before.
-    """
-    if not checkpoint.is_finite_everywhere(trainer.raw_model, trainer.optimizers):
-        raise ranks.Diverged(f"diverged at step {step}: a weight or an optimizer state is not finite")
-    state = checkpoint.copy_state(trainer.raw_model, *trainer.optimizers)
-    if log.path is not None:
-        common = json.dumps(must_equal(trainer.hp, code, trainer.device, trainer.train_shards, step))
-        state |= dict(step=step, train_time_ms=train_time_ms, log_bytes=log.size(), must_equal=common)
-        try:
-            checkpoint.write(run_log.checkpoint_path(log.path), state)
-        except OSError as error:
-            log.line(f"no checkpoint of step {step}: {error}; an earlier one stays")
 
 
 # -----------------------------------------------------------------------------
@@ -762,16 +778,6 @@ def plan_queue(arguments: Sequence[str]) -> list[run_queue.Experiment]:
     return experiments
 
 
-class Run(NamedTuple):
-    """A checked run; once it is this process's, with its locked log and, if it was interrupted, its checkpoint."""
-
-    config: Path
-    hp: Hyperparameters
-    device: torch.device
-    log: RunLog = RunLog(None)
-    state: dict[str, Any] | None = None
-
-
 def plan_run(arguments: Sequence[str]) -> tuple[Run, bool]:
     """The run that the command line asks for, and whether only to check it. Raises ValueError if it cannot run."""
     configs, overrides, only_check = parse_command_line(Hyperparameters, arguments, __doc__)
@@ -779,48 +785,25 @@ def plan_run(arguments: Sequence[str]) -> tuple[Run, bool]:
         raise ValueError(f"unexpected argument {configs[1]}: a run has one config; ./run.sh takes several")
     hp, device = load(Hyperparameters, configs[0], overrides), machine.find_device()
     check_run(hp, configs[0], dist.get_world_size(), make_model=model_on_meta)
-    return Run(configs[0], hp, device), only_check
+    return Run(configs[0], hp, device, machine.program_text()), only_check
 
 
-def claim(run: Run, code: str) -> Run:
-    """Open and lock the run's log; of an interrupted run, cut to where its checkpoint was written. For rank 0 alone.
-
-    Raises ValueError if the run is finished, is run by another process, or is another than the one interrupted.
-    """
-    hp = run.hp
-    with error_context(f"{run.config}: log_dir: cannot write a log, set log_dir to a folder that you can write to"):
-        log = run_log.open_log(log_path(hp.log_dir, hp.scale, run.config, hp.run_id or 0), is_new=hp.run_id is None)
-    run_id = int(log.path.stem)
-    hp = replace(hp, run_id=run_id, seed=run_id if hp.seed is None else hp.seed)
-    with error_context(f"{run.config}: run_id"):
-        log.lock()
-        shards = open_shards(hp.train_files)
-        state = checkpoint.read_interrupted(run_log.checkpoint_path(log.path),
-                                            lambda step: must_equal(hp, code, run.device, shards, step))
-        log.cut(state["log_bytes"] if state else 0)
-    return run._replace(hp=hp, log=log, state=state)
-
-
-def carry_out(run: Run, code: str) -> None:
+def carry_out(run: Run) -> None:
     """The run itself, on every rank. Raises what `train` raises."""
-    hp, log, state = run.hp, run.log, run.state
+    hp, log = run.hp, run.log
     stop = ranks.StopFlag(log)
     device_line = machine.describe_device(run.device, dist.get_world_size())
-    step, time_ms = (state["step"], state["train_time_ms"]) if state else (0, 0.0)
-    if state is None:
-        log.write_header(code, asdict(hp), machine.describe_environment(), device_line, describe_run(hp))
-    else:
-        log.line(f"resumed at step {step} after {time_ms:.0f}ms of training; {run_log.here_and_now()}; {device_line}")
+    step, time_ms = begin_log(run, device_line, machine.describe_environment(), describe_run(hp))
     log.line(f"log: {log.path}\nwarm-up: {plural(hp.warmup_steps, 'step')}, not timed, then undone")
     trainer = Trainer(hp, run.device)
     trainer.warm_up()
-    if state is not None:
-        checkpoint.restore(state, trainer.raw_model, *trainer.optimizers)
-        state.clear()  # the file is mapped: until its end the run would hold its place on the disk
-    train(trainer, log, stop, code, step, time_ms)
+    if run.state is not None:
+        checkpoint.restore(run.state, trainer.model, *trainer.optimizers)
+        run.state.clear()  # the file is mapped: until its end the run would hold its place on the disk
+    train(trainer, run, stop, step, time_ms)
     if log.path is not None:
         if hp.save_checkpoint:
-            weights = dict(step=hp.num_iterations, code=code, model=checkpoint.copy_weights(trainer.raw_model))
+            weights = dict(step=hp.num_iterations, code=run.code, model=checkpoint.copy_weights(trainer.model))
             checkpoint.write(log.path.with_suffix(".ckpt"), weights)
         log.line(machine.peak_memory(run.device))
         checkpoint.remove(run_log.checkpoint_path(log.path))
@@ -832,18 +815,17 @@ def main(arguments: Sequence[str]) -> int:
     """Check, then run. Returns the exit status; a user's mistake is printed and exits with status 2."""
     if arguments[:1] == ["--queue"]:
         return run_queue.main(arguments[1:], plan_queue)
-    code = machine.program_text()
     ranks.start_process_group()
     run, only_check = ranks.together(plan_run, arguments)
-    ranks.together(ranks.check_same, asdict(run.hp) | {"program text": code})
+    ranks.together(ranks.check_same, asdict(run.hp) | {"program text": run.code})
     if dist.get_rank() == 0:
         run_log.say(f"{describe_run(run.hp)}\n{machine.describe_device(run.device, dist.get_world_size())}")
     if only_check:
         return 0
-    run = ranks.together(lambda: claim(run, code) if dist.get_rank() == 0 else run)
+    run = ranks.together(lambda: claim(run) if dist.get_rank() == 0 else run)
     hp, path = ranks.gather((run.hp, run.state and run_log.checkpoint_path(run.log.path)))[0]
     run = run._replace(hp=hp, state=ranks.together(lambda: path and checkpoint.load(path)))
-    return ranks.run_and_report(run.log, carry_out, run, code)
+    return ranks.run_and_report(run.log, carry_out, run)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import io
 import itertools
 import json
 import os
@@ -64,11 +63,10 @@ def is_finished(log: Path) -> bool:
 def read_header(log: Path) -> tuple[str, dict[str, Any]]:
     """The program text and the resolved configuration that a log begins with. Raises ValueError if it has no header."""
     code, _, rest = log.read_text(encoding="utf-8", errors="replace").partition(f"\n{RULE}\n")
-    lines = [line.partition(" = ") for line in rest.partition(f"\n{RULE}\n")[0].splitlines()]
-    try:
-        return code, {name: json.loads(value) for name, _, value in lines}
-    except json.JSONDecodeError:
-        raise ValueError(f"{log}: its header has no configuration; move the log away") from None
+    keys = re.findall(r"^(\w+) = (.+)$", rest.partition(f"\n{RULE}\n")[0], re.MULTILINE)
+    if not keys:
+        raise ValueError(f"{log}: its header has no configuration; move the log away")
+    return code, {name: json.loads(value) for name, value in keys}
 
 
 def checkpoint_path(log: Path) -> Path:
@@ -89,16 +87,15 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def val_line(step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> str:
-    """The line of a validation, to the letter as published logs have it."""
-    step_avg_ms = train_time_ms / max(step, 1)
-    return (f"step:{step}/{num_iterations} val_loss:{val_loss:.6f} "
-            f"train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms")
-
-
 def train_line(step: int, num_iterations: int, train_time_ms: float) -> str:
     """The line of a training step, to the letter as published logs have it; `step` counts the updates made."""
-    return f"step:{step}/{num_iterations} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / step:.2f}ms"
+    step_avg_ms = train_time_ms / max(step, 1)
+    return f"step:{step}/{num_iterations} train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms"
+
+
+def val_line(step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> str:
+    """The line of a validation, to the letter too."""
+    return train_line(step, num_iterations, train_time_ms).replace(" ", f" val_loss:{val_loss:.6f} ", 1)
 
 
 class RunLog:
@@ -109,9 +106,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path | None, new: bool = True):
-        self.path = path
-        self.file: io.TextIOWrapper | None = None
-        self.bar: tqdm | None = None
+        self.path, self.bar = path, tqdm(disable=True)
         if path is not None:
             self.file = open(path, "x" if new else "a", buffering=1, encoding="utf-8", errors="backslashreplace")
 
@@ -131,7 +126,8 @@ class RunLog:
             raise ValueError(f"{self.path} is finished, and a log is never overwritten; use another run_id")
 
     def size(self) -> int:
-        """Bytes."""
+        """Bytes, all of them on the disk: a checkpoint that is there must not count lines that a crash can lose."""
+        os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
 
     def cut(self, size: int) -> None:
@@ -152,36 +148,33 @@ class RunLog:
         self.to_file("\n".join([code, RULE, *keys, RULE, *descriptions, f"started: {here_and_now()}", RULE]))
 
     def to_file(self, text: str) -> None:
-        if self.file is not None:
+        if self.path is not None:
             self.file.write(f"{text}\n")
 
     def line(self, text: str) -> None:
         """A line for the file and for standard output."""
-        if self.file is not None:
+        if self.path is not None:
             self.to_file(text)
             say(text)
 
     def show_progress(self, num_iterations: int, step: int) -> None:
         """Show a bar instead of the training lines if standard output is a terminal."""
-        if self.file is not None and sys.stdout.isatty():
+        if self.path is not None and sys.stdout.isatty():
             self.bar = tqdm(total=num_iterations, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def train_line(self, step: int, num_iterations: int, train_time_ms: float) -> None:
-        """The line of a training step: all in the file, every 25th on standard output."""
-        if self.file is not None:
-            text = train_line(step, num_iterations, train_time_ms)
-            self.to_file(text)
-            if self.bar is not None:
-                self.bar.update()
-            elif step % SHOWN_EVERY == 0:
-                say(text)
+        """The line of a training step: all in the file; on standard output a bar, or every 25th."""
+        text = train_line(step, num_iterations, train_time_ms)
+        self.to_file(text)
+        self.bar.update()
+        if self.path is not None and self.bar.disable and step % SHOWN_EVERY == 0:
+            say(text)
 
     def end(self, why: str) -> None:
         """The last line, with date and host. It is no reason to fail that it cannot be written."""
         with suppress(OSError):
-            if self.bar is not None:
-                self.bar.close()
             self.to_file(f"ended: {here_and_now()}: {why}")
+            self.bar.close()
 
 
 def open_log(path: Path, is_new: bool) -> RunLog:

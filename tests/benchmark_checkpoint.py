@@ -1,58 +1,51 @@
-"""What a checkpoint costs: python tests/benchmark_checkpoint.py [CONFIG.toml]
+"""What a checkpoint costs: python tests/benchmark_checkpoint.py CONFIG.toml [--KEY VALUE ...], or by torchrun.
 
-Trains CONFIG (default: configs/tiny.toml) for 40 steps on this process alone, with a checkpoint every 10, and prints how long
-the training stands still for one (the clock does not run then), how long its file is being written beside the next
-steps, its size, and the median step while a file is written and while none is.
+Trains for 20 steps with a checkpoint every 5, and prints the checkpoint's size, how long training stands still for one
+(the clock does not run then), how much of that goes into the file, and how long a step takes.
 """
 
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt_medium as train  # noqa: E402
+from logs import checkpoint  # noqa: E402
 
-STEPS, EVERY = 40, 10
+RUN = ["--num_iterations", "20", "--checkpoint_every", "5", "--val_loss_every", "0"]
 
 
-def main(config: str) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    overrides = {"num_iterations": str(STEPS), "seed": "0", "run_id": "0", "checkpoint_every": str(EVERY)}
-    trainer = train.Trainer(train.load_hyperparameters(Path(config), overrides), train.Ranks.from_environment())
-    batches = train.train_batches(trainer.hp, 0, 1, trainer.device)
-    still, written, beside, alone = [], [], [], []
+def timed(owner, name: str, seconds: list[float], sizes: list[int] | None = None) -> None:
+    """Have a function add to a list how long it took and, if it writes a file, to another the file's bytes."""
+    function = getattr(owner, name)
+
+    def replacement(*arguments):
+        began = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - began)
+        if sizes is not None:
+            sizes.append(arguments[0].stat().st_size)
+
+    setattr(owner, name, replacement)
+
+
+def main(arguments: list[str]) -> int:
+    still, written, sizes, steps = [], [], [], []
+    timed(train, "save", still)
+    timed(checkpoint, "write", written, sizes)
+    timed(train.Trainer, "train_step", steps)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = train.Checkpoints(trainer, train.RunLog(Path(folder) / "000.txt"), "")
-        write = checkpoints.write
-
-        def timed_write(checkpoint):
-            began = time.perf_counter()
-            write(checkpoint)
-            written.append(time.perf_counter() - began)
-
-        checkpoints.write = timed_write
-        for step in range(STEPS):
-            began = time.perf_counter()
-            is_writing = checkpoints.writer is not None and checkpoints.writer.is_alive()
-            trainer.train_step(step, *next(batches))
-            if step:  # the first one warms everything
-                (beside if is_writing else alone).append(time.perf_counter() - began)
-            if checkpoints.is_due(step + 1):
-                began = time.perf_counter()
-                checkpoints.save(step + 1, 0.0)
-                still.append(time.perf_counter() - began)
-        checkpoints.wait()
-        size = checkpoints.path.stat().st_size
-    print(f"{config}: {size / 1e6:,.0f} MB; training stands still for {statistics.median(still) * 1000:,.0f} ms; "
-          f"written in {statistics.median(written) * 1000:,.0f} ms beside the steps")
-    shown = f"{statistics.median(beside) * 1000:,.1f} ms ({len(beside)} steps)" if beside else "no step long enough"
-    print(f"median step: {statistics.median(alone) * 1000:,.1f} ms, while a file is written {shown}")
+        status = train.main([*arguments, *RUN, "--log_dir", folder])
+    if status == 0 and os.environ.get("RANK", "0") == "0":
+        still_ms, written_ms, step_ms = (1000 * statistics.median(seconds) for seconds in (still, written, steps[1:]))
+        print(f"{len(still)} checkpoints of {sizes[0] / 1e6:,.0f} MB: training stands still for {still_ms:,.0f} ms, of "
+              f"which {written_ms:,.0f} ms write the file; a step takes {step_ms:,.0f} ms (medians)")
+    return status
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "configs/tiny.toml")
+    sys.exit(main(sys.argv[1:]))

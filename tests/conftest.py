@@ -1,7 +1,9 @@
-"""Makes `import train_gpt_medium` work from anywhere, and says what the markers mean."""
+"""Makes the program importable, explains the markers, and holds the fixtures of several test files."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,22 +12,37 @@ import torch
 import torch.distributed as dist
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # for the kernels of the fast paths; Triton looks at it when they are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import random_tokens, train_in_child, write_config, write_shard  # noqa: E402
+from helpers import random_tokens, train_in_child, write_config  # noqa: E402
+
+import train_gpt_medium as train  # noqa: E402
+from data.shards import write_shard  # noqa: E402
+from logs import machine, ranks  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes longer than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: takes longer than two seconds; leave out with -m 'not slow'")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped elsewhere")
+    config.addinivalue_line("markers", "campaign: shows something by many repetitions; only with -m campaign")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "campaign" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if "campaign" in item.keywords])
+        items[:] = [item for item in items if "campaign" not in item.keywords]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_step_timeout():
+    """Stops the timer that a Trainer starts, which would end pytest minutes later."""
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")
@@ -40,14 +57,13 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture
 def small_config(small_data, tmp_path):
-    """Makes `small.toml`, a config of a small model that fits `small_data`, with the given keys changed; returns its path."""
+    """Writes `small.toml`, a config of a small model for `small_data`, with keys changed; returns its path."""
 
     def make(**changes):
         keys = dict(
-            train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin", log_dir=f"{tmp_path}/logs", vocab_size=256,
-            num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256, val_tokens=1024, sequences_per_step=4, num_iterations=4,
-            val_loss_every=2, warmup_steps=0,
-        )
+            train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
+            log_dir=f"{tmp_path}/logs", vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256,
+            val_tokens=1024, sequences_per_step=4, num_iterations=4, val_loss_every=2, warmup_steps=0)
         return write_config(tmp_path / "small.toml", **keys | changes)
 
     return make
@@ -55,9 +71,9 @@ def small_config(small_data, tmp_path):
 
 @pytest.fixture
 def in_child(monkeypatch, tmp_path):
-    """Starts the program, one rank, in a process forked from one that has imported it, seconds sooner than a new one; returns the process.
+    """Starts the program, one rank, in a forked process that has imported it already; returns the process.
 
-    What it prints is in tmp_path / "output".
+    Its output is in tmp_path / "output".
     """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
@@ -77,3 +93,26 @@ def process_group():
     ranks.start_process_group()
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def run_main(process_group):
+    """Runs the program's `main` in this process, as the only rank and on the CPU; returns the exit status."""
+
+    def run(*arguments):
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        handlers = [signal.getsignal(number) for number in numbers]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "start_process_group", lambda: None)
+            patch.setattr(dist, "destroy_process_group", lambda: None)
+            patch.setattr(machine, "find_device", lambda: torch.device("cpu"))
+            patch.setattr(os, "_exit", sys.exit)
+            try:
+                return train.main([str(argument) for argument in arguments])
+            except SystemExit as end:
+                return end.code
+            finally:
+                for number, handler in zip(numbers, handlers):
+                    signal.signal(number, handler)
+
+    return run

@@ -66,6 +66,6 @@ def write_golden_case(name, folder):
     gate = case["config"].get("value_embedding_gate", False)
     torch.save({"model": golden_weights(case["value_embeddings"], d, vocab_size, gate)}, folder / "init.pt")
     return write_config(
-        folder / f"{name}.toml", **case["config"], value_embeddings=case["value_embeddings"], init_from=f"{folder}/init.pt",
-        train_files=f"{folder}/t_train_*.bin", val_files=f"{folder}/t_val_*.bin", log_dir=f"{folder}/logs",
-    )
+        folder / f"{name}.toml", **case["config"], value_embeddings=case["value_embeddings"],
+        init_from=f"{folder}/init.pt", train_files=f"{folder}/t_train_*.bin", val_files=f"{folder}/t_val_*.bin",
+        log_dir=f"{folder}/logs")

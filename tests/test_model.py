@@ -5,15 +5,18 @@ import math
 import pytest
 import torch
 from golden import golden_weights
+from helpers import relative_error
 
 import train_gpt_medium as train
 
-CPU = torch.device("cpu")
 BASELINE = [[0, 13], [1, 14], [2, 15]]
+POOL = [[0, 1, 14, 15], [0, 1, 14, 15]]
+PAIRS = [[0, 14], [0, 14], [1, 15], [1, 15]]
 
 
 def hyperparameters(**keys):
-    return train.Hyperparameters(**dict(num_heads=1, model_dim=128, vocab_size=250, train_seq_len=256, val_seq_len=512) | keys)
+    small = dict(num_heads=1, model_dim=128, vocab_size=250, train_seq_len=256, val_seq_len=512)
+    return train.Hyperparameters(**small | keys)
 
 
 def make_model(seed=0, **keys):
@@ -21,10 +24,10 @@ def make_model(seed=0, **keys):
     return train.GPT(hyperparameters(**keys))
 
 
-def with_golden_weights(**keys):
+def with_golden_weights(value_embeddings=BASELINE, value_embedding_gate=False):
     """A model in which every path counts: no projection is zero."""
-    model = make_model(**keys)
-    model.load_state_dict(golden_weights(len(model.value_embeds), 128, 250))
+    model = make_model(value_embeddings=value_embeddings, value_embedding_gate=value_embedding_gate)
+    model.load_state_dict(golden_weights(value_embeddings, 128, 250, value_embedding_gate))
     return model
 
 
@@ -36,14 +39,17 @@ def sequence(length=256, vocab_size=250):
 WINDOW = torch.tensor(2, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("tables", [[], BASELINE, [[layer] for layer in range(16) if layer != 7]], ids=["none", "baseline", "all 15"])
-def test_names_and_shapes_are_those_of_a_published_checkpoint(tables):
-    expected = {name: w.shape for name, w in golden_weights(len(tables), 128, 250).items()}
-    assert {name: w.shape for name, w in make_model(value_embeddings=tables).state_dict().items()} == expected
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("tables", [[], BASELINE, [[layer] for layer in range(16) if layer != 7], POOL, PAIRS])
+def test_names_and_shapes_are_those_of_a_published_checkpoint(tables, gate):
+    """And, for what no published checkpoint has, those of the reference."""
+    expected = {name: w.shape for name, w in golden_weights(tables, 128, 250, gate).items()}
+    model = make_model(value_embeddings=tables, value_embedding_gate=gate)
+    assert {name: w.shape for name, w in model.state_dict().items()} == expected
 
 
 def test_dtypes_on_cuda_are_bf16_but_for_head_and_scalars():
-    model = make_model()
+    model = make_model(value_embedding_gate=True)
     model.use_bf16()
     fp32 = {name for name, w in model.state_dict().items() if w.dtype == torch.float32}
     assert fp32 == {"lm_head_w", "scalars"}
@@ -53,7 +59,7 @@ def test_dtypes_on_cuda_are_bf16_but_for_head_and_scalars():
 
 def test_activations_are_bf16_from_the_embedding_to_the_head(monkeypatch):
     """The precision of CUDA, on a CPU; only the attention itself, whose dense mask is fp32, is done in fp32."""
-    model, batch = with_golden_weights(), sequence(128)
+    model, batch = with_golden_weights(PAIRS, value_embedding_gate=True), sequence(128)
     reference = model(*batch, WINDOW).item()
     dtypes = []
 
@@ -66,7 +72,7 @@ def test_activations_are_bf16_from_the_embedding_to_the_head(monkeypatch):
         module.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     model.use_bf16()
     loss = model(*batch, WINDOW)
-    assert set(dtypes) == {torch.bfloat16} and len(dtypes) == 15 * 3 + 4 + 2 * 16
+    assert set(dtypes) == {torch.bfloat16} and len(dtypes) == 15 * 3 + 5 + 2 * 16
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(reference, abs=0.02) and loss.item() != reference
 
@@ -83,8 +89,8 @@ def test_the_head_multiplies_in_bf16_and_caps_in_fp32():
     targets = torch.arange(64)
     z = (x @ model.lm_head_w.bfloat16().T).float()
     expected = torch.nn.functional.cross_entropy(15 * z / (z.square() + 225).sqrt(), targets, reduction="sum").item()
-    assert model.summed_loss(x, targets).item() == pytest.approx(expected, rel=1e-6)
-    in_fp32 = model.summed_loss(x.float(), targets).item()
+    assert 64 * model.loss(x, targets).item() == pytest.approx(expected, rel=1e-6)
+    in_fp32 = 64 * model.loss(x.float(), targets).item()
     assert abs(in_fp32 - expected) > 1e-5 * expected  # the test can tell the two apart
 
 
@@ -94,16 +100,31 @@ def test_initial_values():
     for w in (model.embed.weight, *(table.weight for table in model.value_embeds)):
         assert w.mean().item() == pytest.approx(0, abs=0.01) and w.std().item() == pytest.approx(1, rel=0.01)
         assert w.abs().max() > 3.5
-    for w in [block.attn.qkvo_w[:3] for block in model.blocks if block.attn] + [block.mlp.fc_w for block in model.blocks]:
+    attentions = [block.attn for block in model.blocks if block.attn]
+    for w in [attn.qkvo_w[:3] for attn in attentions] + [block.mlp.fc_w for block in model.blocks]:
         bound = math.sqrt(3) * 0.5 * d**-0.5
         assert w.std().item() == pytest.approx(0.5 * d**-0.5, rel=0.01)
         assert 0.99 * bound < w.abs().max() <= bound
-    for w in [block.attn.qkvo_w[3] for block in model.blocks if block.attn] + [block.mlp.proj_w for block in model.blocks] + [model.lm_head_w]:
-        assert (w == 0).all()
-    skip, block, attn = model.scalars.split([16, 32, 32])
-    assert (skip == 1).all()
-    assert block.tolist() == [1.0, 0.0] * 16
-    assert attn.tolist() == [0.5, 0.5] * 16
+    zeros = [attn.qkvo_w[3] for attn in attentions] + [block.mlp.proj_w for block in model.blocks] + [model.lm_head_w]
+    assert all((w == 0).all() for w in zeros)
+    assert model.scalars.tolist() == 16 * [1.0] + 16 * [1.0, 0.0] + 16 * [0.5, 0.5]
+
+
+def test_further_lambdas_begin_at_a_half_and_gates_at_zero():
+    model = make_model(value_embeddings=PAIRS, value_embedding_gate=True)
+    assert model.scalars[80:].tolist() == 4 * [0.5]
+    gates = {name: w for name, w in model.named_parameters() if "ve_gate_w" in name}
+    assert list(gates) == [f"blocks.{layer}.attn.ve_gate_w" for layer in (0, 1, 14, 15)]
+    assert all((w == 0).all() for w in gates.values())
+
+
+@pytest.mark.parametrize("std", [0.0, 0.01, 2.0])
+def test_the_tables_standard_deviation_scales_the_same_numbers(std):
+    model, plain = make_model(value_embedding_std=std), make_model()
+    for table, other in zip(model.value_embeds, plain.value_embeds):
+        assert torch.equal(table.weight, std * other.weight)
+    rest = [(name, w) for name, w in plain.state_dict().items() if "value_embeds" not in name]
+    assert all(torch.equal(model.state_dict()[name], w) for name, w in rest)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess_over_the_padded_vocabulary():
@@ -117,39 +138,77 @@ def test_tables_differ_and_another_seed_gives_other_weights():
     assert not torch.equal(model.embed.weight, make_model(seed=1).embed.weight)
 
 
-@pytest.mark.parametrize("tables", [[], BASELINE, [[5, 6, 8]], [[0, 1, 14, 15], [4]]])
+@pytest.mark.parametrize("tables", [[], BASELINE, [[5, 6, 8]], [[0, 1, 14, 15], [4]], POOL, [[3, 4], [4, 5], [4]]])
 def test_a_value_embedding_enters_in_the_layers_that_name_its_table(tables):
-    """Each layer's attention is given the rows of its own table, and no other layer any."""
-    model = with_golden_weights(value_embeddings=tables)
-    tokens, targets = sequence()
+    """Each layer's attention is given the rows of its own tables, in their order, and a lambda for each."""
+    model = with_golden_weights(tables)
+    tokens, targets = sequence(128)
     given = {}
     for i, block in enumerate(model.blocks):
         if block.attn is not None:
-            block.attn.register_forward_pre_hook(lambda module, args, i=i: given.update({i: args[1]}))
+            block.attn.register_forward_pre_hook(lambda module, args, i=i: given.update({i: args[1:3]}))
     model(tokens, targets, WINDOW)
-    for layer in given:
-        table = next((k for k, layers in enumerate(tables) if layer in layers), None)
-        expected = None if table is None else model.value_embeds[table].weight[tokens]
-        assert (given[layer] is None) if expected is None else torch.equal(given[layer], expected)
     assert set(given) == set(range(16)) - {7}
+    further = iter(model.scalars[80:])
+    for layer, (rows, lambdas) in given.items():
+        expected = [model.value_embeds[k].weight[tokens] for k, layers in enumerate(tables) if layer in layers]
+        assert len(rows) == len(expected) and all(map(torch.equal, rows, expected))
+        own = [*model.scalars[48 + 2 * layer : 50 + 2 * layer], *(next(further) for _ in expected[1:])]
+        assert lambdas == own
+    assert list(further) == []
+
+
+def loss_and_gradients(model, batch):
+    loss = model(*batch, WINDOW)
+    loss.backward()
+    return loss.item(), {name: w.grad for name, w in model.named_parameters()}
+
+
+def test_a_gate_at_zero_gives_the_published_function_bit_for_bit():
+    gated, plain, batch = make_model(value_embedding_gate=True), with_golden_weights(), sequence(128)
+    missing, _ = gated.load_state_dict(plain.state_dict(), strict=False)
+    assert len(missing) == 6
+    (loss, gradients), (plain_loss, plain_gradients) = (loss_and_gradients(model, batch) for model in (gated, plain))
+    assert loss == plain_loss
+    assert all(torch.equal(gradients[name], grad) for name, grad in plain_gradients.items())
+    assert all(gradients[name].abs().max() > 0 for name in missing)
+
+
+def test_a_second_table_of_weight_zero_gives_the_published_function_bit_for_bit():
+    several, plain, batch = make_model(value_embeddings=[*BASELINE, [13, 0]]), with_golden_weights(), sequence(128)
+    several.load_state_dict(plain.state_dict() | {"scalars": torch.cat([plain.scalars.detach(), torch.zeros(2)])} |
+                            {"value_embeds.3.weight": torch.randn(250, 128)})
+    assert several(*batch, WINDOW).item() == plain(*batch, WINDOW).item()
+
+
+def test_tables_of_one_layer_are_added_each_with_its_lambda_and_then_gated_by_head():
+    torch.manual_seed(0)
+    attn, T = train.CausalSelfAttention(256, 2, is_gated=True), 8
+    torch.nn.init.normal_(attn.ve_gate_w)
+    x, first, second = torch.randn(T, 256), torch.randn(T, 256), torch.randn(T, 256)
+    actual = attn.value_embedding(x, [first, second], [torch.tensor(0.3), torch.tensor(-0.7)])
+    rms = x.double() / (x.double().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    gate = 2 * (rms[:, :16] @ attn.ve_gate_w.double().T).sigmoid()
+    expected = (0.3 * first - 0.7 * second).double() * gate.repeat_interleave(128, dim=1)
+    assert relative_error(actual.reshape(T, 256), expected) < 1e-6
 
 
 def test_attention_against_the_formulas():
     """A layer's attention, head by head and in float64, as the reference writes it."""
     torch.manual_seed(0)
     T, heads, d = 256, 2, 256
-    attn = train.CausalSelfAttention(d, heads)
+    attn = train.CausalSelfAttention(d, heads, is_gated=False)
     torch.nn.init.normal_(attn.qkvo_w, std=0.05)
-    x, table_rows, lambdas = torch.randn(T, d), torch.randn(T, d), torch.tensor([0.6, 0.3])
+    x, table_rows, lambdas = torch.randn(T, d), torch.randn(T, d), [torch.tensor(0.6), torch.tensor(0.3)]
     docs = torch.zeros(T, dtype=torch.long)
     mask = train.dense_mask(train.document_blocks(docs), docs)
-    actual = attn(x, table_rows, lambdas, mask, train.Rotary(T))
+    actual = attn(x, [table_rows], lambdas, mask, train.Rotary(T))
 
     def rms(y):
         return y / (y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
-    frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, 32, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)])
-    theta = torch.arange(T, dtype=torch.float64)[:, None] * frequency
+    frequency = torch.cat([(1 / 1024) ** torch.linspace(0, 1, 32).double(), torch.zeros(32).double()])
+    theta = torch.arange(T).double()[:, None] * frequency
 
     def rope(y):
         y1, y2 = y[:, :64], y[:, 64:]
@@ -164,7 +223,7 @@ def test_attention_against_the_formulas():
         scores = (0.12 * q @ k.T).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
         outputs.append(scores.softmax(-1) @ v)
     expected = torch.cat(outputs, dim=1) @ wo.T
-    assert (actual - expected).norm() / expected.norm() < 1e-5
+    assert relative_error(actual, expected) < 1e-5
 
 
 def test_logits_are_capped_at_15_and_the_padded_vocabulary_counts():
@@ -173,9 +232,10 @@ def test_logits_are_capped_at_15_and_the_padded_vocabulary_counts():
         model.lm_head_w.fill_(0)
         model.lm_head_w[3] = 100.0  # z is 12,800 for token 3 and 0 for the other 255
     x = torch.ones(128, 128)
-    loss = model.summed_loss(x, torch.full((128,), 3)) / 128
+    loss = model.loss(x, torch.full((128,), 3))
     logit = 15 * 12_800 / math.sqrt(12_800**2 + 225)
-    assert loss.item() == pytest.approx(math.log1p(255 * math.exp(-logit)), rel=0.02)  # about 7.8e-5; fp32 sums of about 15 are coarse
+    # About 7.8e-5; sums of about 15 are coarse in fp32.
+    assert loss.item() == pytest.approx(math.log1p(255 * math.exp(-logit)), rel=0.02)
 
 
 def test_the_loss_of_a_long_sequence_is_computed_in_chunks(monkeypatch):
@@ -187,8 +247,8 @@ def test_the_loss_of_a_long_sequence_is_computed_in_chunks(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_forward_with_flex_attention_equals_the_dense_one(monkeypatch):
-    """The program that runs on CUDA, as far as a CPU can run it: forward only, in fp32. A new window is no new program."""
-    model, batch = with_golden_weights(), sequence(512)
+    """What runs on CUDA, as far as a CPU can: forward only, in fp32. A new window compiles nothing again."""
+    model, batch = with_golden_weights(PAIRS, value_embedding_gate=True), sequence(512)
     windows = [torch.tensor(window, dtype=torch.int32) for window in (1, 3)]
     dense = [model(*batch, window).item() for window in windows]
     monkeypatch.setattr(train, "dense_mask", train.flex_mask)

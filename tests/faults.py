@@ -1,0 +1,148 @@
+"""Ranks with a fault: the program's `main`, after a piece of Python has prepared what shall go wrong in it.
+
+    FAULT=PYTHON torchrun ... tests/faults.py CONFIG.toml [--KEY VALUE ...]
+"""
+
+import ctypes
+import math  # noqa: F401 (for faults)
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401 (imported by the first optimizer, for seconds)
+
+import train_gpt_medium as train  # noqa: E402
+from logs import checkpoint, run_log  # noqa: E402, F401 (for faults)
+
+
+def rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def before(owner, name, action, condition=lambda *arguments: True):
+    """Have a function do something first, in calls whose arguments fulfil a condition."""
+    original = getattr(owner, name)
+
+    def replacement(*arguments, **options):
+        if condition(*arguments):
+            action()
+        return original(*arguments, **options)
+
+    setattr(owner, name, replacement)
+
+
+def at_step(step, action):
+    before(train.Trainer, "train_step", action, lambda trainer, this_step, *_: this_step == step)
+
+
+def slow_steps():
+    before(train.Trainer, "train_step", lambda: time.sleep(0.3))
+
+
+def send(number, times=1):
+    """An action: this process gets a signal."""
+    return lambda: [os.kill(os.getpid(), number) for _ in range(times)]
+
+
+def hang():
+    time.sleep(3600)
+
+
+def hang_with_the_interpreter():
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def use_bf16():
+    """As on a GPU: the matrices in bf16, whose lower bits are states of an optimizer."""
+    original = train.GPT.__init__
+    train.GPT.__init__ = lambda model, hp: (original(model, hp), model.use_bf16())[0]
+
+
+def spoil(after, tensor_of, value):
+    """A number of one of the trainer's tensors becomes NaN or infinite at the end of a step."""
+    original = train.Trainer.train_step
+
+    def train_step(trainer, step, *batch):
+        original(trainer, step, *batch)
+        if step == after:
+            tensor_of(trainer).view(-1)[-1] = value
+
+    train.Trainer.train_step = train_step
+
+
+def fail(error):
+    raise error
+
+
+def prepare(fault):
+    """Run a piece of Python among the names of this file."""
+    exec(fault, globals())
+
+
+def run_rank(arguments, folder, fault, environment, file_bytes):
+    """The program in this process, its outputs in files named stdout.RANK and stderr.RANK; ends the process."""
+    os.environ.update(environment)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / f"{name}.{rank()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run where a shell ignores it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    torch.set_num_threads(1)
+    prepare(fault)
+    sys.exit(train.main(arguments))
+
+
+class Ranks:
+    """The program's ranks, forked from a process that has imported it: seconds sooner than under torchrun.
+
+    One rank runs as without torchrun. Outputs are appended to files in `folder`.
+    """
+
+    def __init__(self, folder, *arguments, ranks=1, fault="", environment=(), file_bytes=resource.RLIM_INFINITY,
+                 options_of_last=()):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["faults"])
+        self.folder, self.processes = Path(folder), []
+        self.folder.mkdir(exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        for number in range(ranks):
+            ours = dict(RANK=str(number), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                        TORCHELASTIC_RUN_ID="test") if ranks > 1 else {}
+            own = [*map(str, arguments), *(options_of_last if number == ranks - 1 else [])]
+            args = own, self.folder, fault, ours | dict(environment), file_bytes
+            process = context.Process(target=run_rank, args=args)
+            with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the process that forks
+                process.start()
+            self.processes.append(process)
+
+    def statuses(self):
+        """The exit status of each rank, when all have ended: minus the signal's number if one has killed it."""
+        for process in self.processes:
+            process.join(300)
+        return [process.exitcode for process in self.processes]
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def output(self, name="stdout"):
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{name}.*")))
+
+    def complaints(self):
+        return [line for line in self.output("stderr").splitlines() if line.startswith("train_gpt_medium.py: ")]
+
+
+if __name__ == "__main__":
+    prepare(os.environ["FAULT"])
+    sys.exit(train.main(sys.argv[1:]))

@@ -1,0 +1,211 @@
+"""logs/run_log.py: places, lines, header, numbers and lock of a run's log, and whether the run is finished."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import TRAIN_LINE, VAL_LINE
+
+from logs import run_log
+from logs.run_log import RULE, RunLog, is_finished, last_line, log_path, open_log, read_header, train_line, val_line
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "000.txt"
+
+
+def write_log(path, *lines):
+    log = RunLog(path, new=False)
+    for line in lines:
+        log.to_file(line)
+    return log
+
+
+@pytest.mark.parametrize("scale, expected", [
+    ("", "logs/add_2/007.txt"), ("tiny", "logs/tiny/add_2/007.txt"), ("my/own.toml", "logs/own/add_2/007.txt")])
+def test_the_place_of_a_log(scale, expected):
+    assert log_path("logs", scale, Path("somewhere/add_2.toml"), 7) == Path(expected)
+
+
+# -----------------------------------------------------------------------------
+# Lines
+
+
+@pytest.mark.parametrize("line, expected", [
+    (val_line(125, 5960, 4.32568, 27923.4), "step:125/5960 val_loss:4.325680 train_time:27923ms step_avg:223.39ms"),
+    (val_line(0, 5960, 10.82584, 0.17), "step:0/5960 val_loss:10.825840 train_time:0ms step_avg:0.17ms"),
+    (train_line(126, 5960, 28146.0), "step:126/5960 train_time:28146ms step_avg:223.38ms"),
+])
+def test_lines_to_the_letter(line, expected):
+    assert line == expected and (VAL_LINE.match(line) is None) != (TRAIN_LINE.match(line) is None)
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_written(path, capsys):
+    log = RunLog(path)
+    log.line("for both")
+    log.to_file("for the file, with \udce9 of a file's name")
+    assert path.read_text() == "for both\nfor the file, with \\udce9 of a file's name\n"
+    assert capsys.readouterr().out == "for both\n"
+
+
+def test_every_training_step_is_in_the_file_and_every_25th_on_the_output(path, capsys):
+    log = RunLog(path)
+    for step in range(1, 51):
+        log.train_line(step, 50, step * 10.0)
+    assert [int(match[1]) for match in TRAIN_LINE.finditer(path.read_text())] == list(range(1, 51))
+    assert capsys.readouterr().out.splitlines() == [train_line(25, 50, 250.0), train_line(50, 50, 500.0)]
+
+
+def test_a_rank_without_a_log_writes_nothing(capsys):
+    log = RunLog(None)
+    log.write_header("code", {})
+    log.line("text")
+    log.train_line(25, 50, 10.0)
+    log.end("finished")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_last_line_says_when_where_and_why(path):
+    write_log(path).end("stopped by signal 15")
+    assert re.fullmatch(r"ended: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d on \S+: stopped by signal 15\n", path.read_text())
+
+
+def test_the_header_is_read_as_it_was_written(path):
+    configuration = dict(description='quotes " and ünicode', value_embeddings=[[0, 13]], seed=None, lr=0.3, gate=False)
+    log = RunLog(path)
+    log.write_header("# a.py\nx = 1\n\n# b.py\ny = 2", configuration, "Running Python", "value embeddings: 1 table")
+    log.line("step:0/4 ...")
+    assert read_header(path) == ("# a.py\nx = 1\n\n# b.py\ny = 2", configuration)
+    parts = path.read_text().split(f"{RULE}\n")
+    assert parts[1] == "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+                               for name, value in configuration.items())
+    assert re.fullmatch(r"Running Python\nvalue embeddings: 1 table\nstarted: \S+ \S+ on \S+\n", parts[2])
+    assert parts[3] == "step:0/4 ...\n"
+
+
+@pytest.mark.parametrize("text", ["", "step:0/4 val_loss:1.0\n", f"code\n{RULE}\nRunning Python 3.11\n{RULE}\n"])
+def test_a_log_without_a_configuration_is_named(path, text):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path}: its header has no configuration; move the log away"):
+        read_header(path)
+
+
+# -----------------------------------------------------------------------------
+# The end of a log
+
+PEAK = "peak memory allocated: 1 MiB reserved: 2 MiB\n"
+DIVERGED = "diverged at step 250: the validation loss is nan\n"
+STEP = "step:4/4 val_loss:5.000000 train_time:5ms step_avg:1.00ms\n"
+
+
+@pytest.mark.parametrize("end, finished", [
+    (PEAK, True),
+    ("peak memory resident: 1 MiB\n", True),
+    (PEAK + "ended: 2026-11-24 18:30:01 on host: finished\n", True),
+    (DIVERGED, True),
+    (DIVERGED + "ended: 2026-11-24 18:30:01 on host: diverged at step 250: the validation loss is nan\n", True),
+    (PEAK + "ended: 2026-11", True),  # killed while it wrote the last line
+    (PEAK[:-1], False),  # torn: it was still being written
+    (DIVERGED[:-1], False),
+    (DIVERGED[:-20], False),
+    ("  " + PEAK, False),
+    (STEP, False),
+    ("ended: 2026-11-24 18:30:01 on host: stopped by signal 15\n", False),
+    ("", False),
+])
+def test_a_run_is_finished_when_a_complete_last_line_says_so(path, end, finished):
+    """What the program text says about such lines, far above, does not count."""
+    path.write_text(PEAK + DIVERGED + 400 * "the text of the program\n" + end)
+    assert is_finished(path) == finished
+
+
+def test_a_log_that_does_not_exist_is_not_finished(path):
+    assert not is_finished(path) and last_line(path, "step:") == ""
+
+
+def test_the_last_complete_line_of_a_kind(path):
+    path.write_bytes(b"step:1/4\nstep:2/4 \xff\nended: why\nstep:3/4")
+    assert (last_line(path, "step:"), last_line(path, "ended: "), last_line(path, "peak")) == (
+        "step:2/4 \ufffd", "ended: why", "")
+
+
+# -----------------------------------------------------------------------------
+# Numbers, lock, and interrupted runs
+
+
+@pytest.mark.parametrize("taken, expected", [
+    ([], 0), (["000.txt"], 1), (["000.txt", "001.txt", "003.txt"], 2), (["000.resume.ckpt"], 1),
+    (["000.ckpt", "001.txt.interrupted"], 2)])
+def test_a_new_run_takes_the_first_number_that_no_file_has(path, taken, expected):
+    for name in taken:
+        path.with_name(name).touch()
+    assert open_log(path, is_new=True).path == path.with_name(f"{expected:03d}.txt")
+
+
+def test_a_link_to_nowhere_takes_its_number(path):
+    path.symlink_to("/nowhere/000.txt")
+    assert open_log(path, is_new=True).path.name == "001.txt"
+
+
+def test_a_number_that_another_run_takes_at_the_same_moment(path, monkeypatch):
+    path.touch()
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    assert open_log(path, is_new=True).path.name == "001.txt"
+
+
+def test_a_log_with_a_number_is_gone_on_with(path):
+    path.write_text("before\n")
+    open_log(path, is_new=False).to_file("after")
+    assert path.read_text() == "before\nafter\n"
+
+
+def test_when_all_numbers_are_taken(path):
+    path.with_name("999.txt").touch()
+    with pytest.raises(OSError, match="all run_ids up to 999 are taken"):
+        open_log(path.with_name("999.txt"), is_new=True)
+
+
+def test_a_run_has_one_process(path, monkeypatch):
+    monkeypatch.setattr(run_log.time, "sleep", lambda seconds: None)
+    first, second = RunLog(path), RunLog(path, new=False)
+    first.lock()
+    with pytest.raises(ValueError, match=f"{path}: another process runs this; wait for its end or use another run_id"):
+        second.lock()
+    first.file.close()
+    second.lock()
+
+
+@pytest.mark.parametrize("line", [PEAK, DIVERGED])
+def test_a_finished_run_is_never_overwritten(path, line):
+    path.write_text(line)
+    with pytest.raises(ValueError, match=f"{path} is finished, and a log is never overwritten; use another run_id"):
+        RunLog(path, new=False).lock()
+
+
+def test_a_log_is_cut_to_where_its_checkpoint_was_written(path):
+    log = write_log(path, "header", "step:1/4")
+    size = log.size()
+    log.to_file("step:2/4")
+    log.cut(size)
+    log.to_file("resumed")
+    assert path.read_text() == "header\nstep:1/4\nresumed\n" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_log_shorter_than_at_its_checkpoint_is_refused(path):
+    with pytest.raises(ValueError, match=f"{path}: shorter than at its checkpoint; put the log back, or use another"):
+        write_log(path, "header").cut(1000)
+
+
+def test_results_of_a_run_that_starts_over_are_kept_aside(path):
+    for number in (1, 2):
+        write_log(path, f"step:{number}/4").cut(0)
+        assert path.read_text() == ""
+    aside = [path.with_name(f"000.txt.interrupted{suffix}").read_text() for suffix in ("", "1")]
+    assert aside == ["step:1/4\n", "step:2/4\n"]
+
+
+def test_a_log_without_results_is_not_kept(path):
+    write_log(path, "header").cut(0)
+    assert list(path.parent.iterdir()) == [path] and path.read_text() == ""

@@ -1,0 +1,485 @@
+"""The queue, with a training program that takes milliseconds (fake_training.py) and, marked slow, with the real one."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import fake_training
+import pytest
+from helpers import ROOT, TRAIN_LINE, VAL_LINE
+
+from configs import launch
+from logs import status
+from logs.run_log import is_finished
+
+FAKE = [sys.executable, str(ROOT / "tests" / "fake_training.py")]
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Programs inherit which signals are ignored, and a shell's background has SIGINT ignored; queues change them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number in numbers:
+        signal.signal(number, before[number])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+def write_configs(folder, **configs):
+    """Config files with these keys; returns their paths."""
+    for name, keys in configs.items():
+        (folder / f"{name}.toml").write_text(json.dumps(keys))
+    return [folder / f"{name}.toml" for name in configs]
+
+
+def start(folder, *arguments, **options):
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) | options
+    return subprocess.Popen([*FAKE, str(folder), *map(str, arguments)], text=True, **options)
+
+
+def finish(process):
+    output, errors = process.communicate()
+    return SimpleNamespace(status=process.returncode, out=output, err=errors)
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch, capfd):
+    """Runs a queue in this process, and returns its exit status and what it and its runs printed."""
+
+    def run(*arguments, folder=tmp_path, cwd=ROOT):
+        for module, name in ((status, "FOLDER"), (launch, "TORCHRUN")):
+            monkeypatch.setattr(module, name, None)  # to be put back after the test
+        monkeypatch.chdir(cwd)
+        result = fake_training.queue(folder, *map(str, arguments))
+        return SimpleNamespace(status=result, **capfd.readouterr()._asdict())
+
+    return run
+
+
+def wait_for(path, process):
+    """Wait until a run has made a file."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return path
+
+
+def started(folder):
+    """What each run that was started noted, in order."""
+    path = folder / "started"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def started_logs(folder):
+    return ["/".join(run["log"].split("/")[-2:]) for run in started(folder)]
+
+
+def is_alive(pid):
+    """Whether a process runs; one that ended and waits to be looked at does not."""
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# -----------------------------------------------------------------------------
+# Order and outcomes
+
+
+def test_run_0_of_all_configs_comes_before_run_1_of_any(queue, folder):
+    result = queue(*write_configs(folder, one={}, two={}), "-n", 2)
+    assert result.status == 0 and result.err == ""
+    assert started_logs(folder) == ["one/000.txt", "two/000.txt", "one/001.txt", "two/001.txt"]
+    assert re.findall(r"run (\d) of 4: \S+/(\w+/\d+).txt; projected end", result.out) == [
+        ("1", "one/000"), ("2", "two/000"), ("3", "one/001"), ("4", "two/001")]
+
+
+def test_the_end_is_projected_from_this_queues_runs_or_from_finished_logs(queue, folder):
+    configs = write_configs(folder, one={})
+    ends = re.compile(r"projected end (unknown|20\d\d-\d\d-\d\d \d\d:\d\d)")
+    first, second = ends.findall(queue("-n", 2, *configs).out)
+    assert first == "unknown" and second != "unknown"
+    assert "unknown" not in ends.findall(queue("-n", 3, *configs).out)
+
+
+@pytest.mark.parametrize("how, summary", [
+    ("finish", "1 finished, 0 diverged, 0 failed"),
+    ("diverge", "0 finished, 1 diverged, 0 failed"),
+])
+def test_a_run_that_is_done_is_not_started_again(queue, folder, how, summary):
+    configs = write_configs(folder, one=dict(how=how))
+    for _ in range(2):
+        result = queue(*configs)
+        assert result.status == 0 and summary in result.out and len(started(folder)) == 1
+    assert "1 run finished already; for more raise -n" in result.out
+    assert ("one/000.txt: diverged at step 2: the validation loss is nan" in result.err) == (how == "diverge")
+
+
+@pytest.mark.parametrize("how, reason", [
+    ("fail", "No space left on device"),
+    ("refuse", "its checkpoint is damaged"),
+    ("kill", "signal SIGKILL"),
+])
+def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_reason(queue, folder, how, reason):
+    result = queue(*write_configs(folder, one=dict(how=how), two={}))
+    assert result.status == 1 and started_logs(folder) == ["one/000.txt", "two/000.txt"]
+    assert result.err.splitlines()[-1] == f"run.sh: {folder}/logs/one/000.txt: failed: {reason}"
+    assert "1 finished, 0 diverged, 1 failed; the same command does what is left" in result.out
+
+
+def test_the_reason_is_not_that_of_an_earlier_attempt(queue, folder):
+    configs = write_configs(folder, one=dict(how="fail"))
+    assert "failed: No space left on device" in queue(*configs).err
+    write_configs(folder, one=dict(how="refuse"))
+    assert "failed: its checkpoint is damaged" in queue(*configs).err
+
+
+def test_what_a_run_prints_passes_through(queue, folder):
+    result = queue(*write_configs(folder, one=dict(how="refuse"), two={}))
+    assert "the last line of a run" in result.out and "a warning\n" in result.err
+
+
+@pytest.mark.parametrize("given, threads, timeout", [
+    ({}, "4", "300"),
+    ({"OMP_NUM_THREADS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, "3", "60"),
+])
+def test_ranks_share_the_cores_and_have_time_for_a_checkpoint(queue, folder, monkeypatch, given, threads, timeout):
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    queue(*write_configs(folder, one={}))
+    run = started(folder)[0]
+    assert (run["OMP_NUM_THREADS"], run["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == (threads, timeout)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["-n", "2", "one.toml", "--num_iterations", "7"],
+    ["--num_iterations", "7", "one.toml", "-n", "2"],
+    ["--num_iterations=7", "-n2", "one.toml"],
+])
+def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(queue, folder, arguments):
+    write_configs(folder, one={})
+    result = queue(*arguments, cwd=folder)
+    assert result.status == 0, result.err
+    assert started_logs(folder) == ["one/000.txt", "one/001.txt"]
+    assert "num_iterations = 7\n" in (folder / "logs/one/001.txt").read_text()
+
+
+def test_names_may_have_spaces(queue, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    result = queue(*write_configs(folder, **{"my config": {}}), folder=folder)
+    assert result.status == 0 and is_finished(folder / "logs" / "my config" / "000.txt")
+
+
+def test_check_starts_nothing(queue, folder):
+    result = queue(*write_configs(folder, one={}, two={}), "--check")
+    assert result.status == 0 and "description of one" in result.out and "description of two" in result.out
+    assert "ranks: 2 of 8 CPU cores" in result.out and list(folder.glob("logs")) == []
+
+
+# -----------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("arguments, fragment", [
+    (["-n", "0"], "-n takes the number of runs, 1 to 999, not '0'"),
+    (["-n", "x"], "-n takes the number of runs, 1 to 999, not 'x'"),
+    (["-n"], "argument -n: expected one argument"),
+    (["-n", "2", "--run_id", "3"], "-n and --run_id exclude each other"),
+    (["--run_id", "-1"], "--run_id takes a number from 0 to 999"),
+    (["one.toml"], "name it once"),
+    (["-n", "2", "--seed", "5"], "one.toml: seed: with one seed all 2 runs would be equal"),
+    (["-n", "2", "seeded.toml"], "seeded.toml: seed: with one seed all 2 runs would be equal"),
+    (["numbered.toml"], "numbered.toml: run_id: the queue numbers the runs"),
+    (["--notify", "no-such-command x"], "--notify: no-such-command: no such command"),
+    (["--notify", "'"], "--notify: No closing quotation"),
+])
+def test_a_mistake_is_one_line_before_the_first_run(queue, folder, arguments, fragment):
+    write_configs(folder, one={}, seeded=dict(seed=5), numbered=dict(run_id=3))
+    result = queue("one.toml", *arguments, cwd=folder)
+    assert result.status == 2 and result.out == ""
+    assert len(result.err.splitlines()) == 1 and fragment in result.err
+    assert not (folder / "logs").exists()
+
+
+def test_run_id_is_the_number_of_each_configs_run(queue, folder):
+    assert queue(*write_configs(folder, one={}, two={}), "--run_id", 7).status == 0
+    assert started_logs(folder) == ["one/007.txt", "two/007.txt"]
+
+
+@pytest.mark.parametrize("changes, fragment", [
+    (dict(value_embeddings=[[3]]), "value_embeddings is [[3]], but was [[0, 13]]"),
+    (dict(new_key=1), "new_key is 1, but was null"),
+    (dict(description="other words", seed=3), None),
+])
+def test_a_run_is_not_put_beside_finished_runs_of_another_experiment(queue, folder, changes, fragment):
+    configs = write_configs(folder, one={})
+    queue(*configs)
+    write_configs(folder, one=changes)
+    for arguments in (["--check"], []):
+        result = queue(*configs, "--run_id", "1", *arguments)
+        assert result.status == (2 if fragment else 0)
+        assert fragment is None or fragment in result.err and f"finished run {folder}/logs/one/000.txt" in result.err
+    assert len(started(folder)) == (1 if fragment else 2)
+
+
+def test_finished_runs_of_another_program_text_are_moved_by_the_command_in_the_error(queue, tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    configs = write_configs(folder, one={})
+    queue(*configs, folder=folder)
+    log = folder / "logs" / "one" / "000.txt"
+    log.write_text(log.read_text().replace("training", "something else"))
+    errors = queue(*configs, folder=folder).err
+    assert len(errors.splitlines()) == 1 and "the program text is not the one in the finished run" in errors
+    subprocess.run(errors.rpartition("folder: ")[2], shell=True, check=True)
+    assert queue(*configs, folder=folder).status == 0 and len(started(folder)) == 2
+    assert [path.name for path in sorted((folder / "logs").iterdir())] == ["one", "one.1"]
+
+
+@pytest.mark.parametrize("command, expected, fragment", [
+    (["-c", "open('{folder}/shard', 'x')"], 0, ""),
+    (["-c", "open('{folder}/tried', 'a').write('x')"], 2, "no shards; to get them: python -c"),
+    (["-c", "raise SystemExit(1)"], 2, "failed, as the lines above say"),
+])
+def test_missing_data_is_fetched_once(queue, folder, command, expected, fragment):
+    command = [word.replace("{folder}", str(folder)) for word in command]
+    result = queue(*write_configs(folder, one=dict(fetch=command)))
+    assert result.status == expected and fragment in result.err and len(result.err.splitlines()) == (expected == 2)
+    assert not (folder / "tried").exists() or (folder / "tried").read_text() == "x"
+
+
+def test_check_fetches_nothing(queue, folder):
+    command = ["-c", f"open('{folder}/shard', 'x')"]
+    result = queue(*write_configs(folder, one=dict(fetch=command)), "--check")
+    assert result.status == 2 and "no shards" in result.err and not (folder / "shard").exists()
+
+
+def test_help_is_the_programs(folder):
+    assert finish(start(folder, "-n", 2, "--help")).out == "the keys\n"
+
+
+# -----------------------------------------------------------------------------
+# Signals, and what a queue leaves behind
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_for_the_process_group_reaches_the_run_as_one_sigterm(folder, number):
+    process = start(folder, *write_configs(folder, one=dict(how="wait"), two={}))
+    wait_for(folder / "waiting", process)
+    os.killpg(process.pid, number)
+    result = finish(process)
+    assert result.status == 128 + number and (folder / "signals").read_text() == "SIGTERM\n"
+    assert started_logs(folder) == ["one/000.txt"]
+    assert f"{folder}/logs/one/000.txt: stopped, with a checkpoint" in result.err
+    assert f"stopped by {number.name}; the same command does what is left" in result.out
+
+
+def test_a_terminal_that_is_closed_may_send_sighup_twice(folder):
+    process = start(folder, *write_configs(folder, one=dict(how="wait")))
+    wait_for(folder / "waiting", process)
+    process.send_signal(signal.SIGHUP)
+    wait_for(folder / "signals", process)
+    process.send_signal(signal.SIGHUP)
+    assert "stopped, with a checkpoint" in finish(process).err and (folder / "signals").read_text() == "SIGTERM\n"
+
+
+def test_a_second_ctrl_c_ends_at_once(folder):
+    (folder / "keep").touch()  # so that the run does not end by SIGTERM
+    process = start(folder, *write_configs(folder, one=dict(how="wait")))
+    wait_for(folder / "waiting", process)
+    process.send_signal(signal.SIGINT)
+    wait_for(folder / "signals", process)
+    process.send_signal(signal.SIGINT)
+    result = finish(process)
+    assert result.status == 130 and "one/000.txt: signal SIGKILL" in result.err
+    assert not is_alive(started(folder)[0]["pid"])
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(folder):
+    process = start(folder, *write_configs(folder, one=dict(how="wait")),
+                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(folder / "waiting", process)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).status == 128 + signal.SIGTERM
+
+
+def test_a_second_queue_is_refused_with_the_process_of_the_first(queue, folder):
+    configs = write_configs(folder, one=dict(how="wait"))
+    process = start(folder, *configs)
+    wait_for(folder / "waiting", process)
+    second = queue(*configs)
+    assert second.status == 2 and len(second.err.splitlines()) == 1 and second.out == ""
+    assert f"a queue runs on this machine already, process {process.pid}" in second.err
+    process.terminate()
+    finish(process)
+    assert len(started(folder)) == 1
+
+
+def test_the_next_queue_waits_until_the_run_of_a_killed_one_has_stopped(folder):
+    (folder / "keep").touch()
+    configs = write_configs(folder, one=dict(how="wait"))
+    process = start(folder, *configs)
+    wait_for(folder / "waiting", process)
+    process.kill()
+    process.wait()
+    write_configs(folder, one={})
+    following = start(folder, *configs)
+    assert "waiting until" in following.stdout.readline()
+    assert len(started(folder)) == 1 and (folder / "signals").read_text() == "SIGTERM\n"
+    (folder / "keep").unlink()
+    assert finish(following).status == 0 and len(started(folder)) == 2
+
+
+def test_a_queue_goes_on_when_nobody_reads_its_output(folder):
+    reader, writer = os.pipe()
+    os.close(reader)
+    configs = write_configs(folder, one=dict(how="refuse"), two={})
+    process = start(folder, *configs, "-n", 2, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert process.wait() == 1 and len(started(folder)) == 4
+
+
+def test_a_full_disk_does_not_stop_the_queue(folder):
+    """Its state cannot be written, nor its output."""
+    with open("/dev/full", "w") as full:
+        process = start(folder, *write_configs(folder, one={}, two={}), stdout=full, stderr=full)
+        assert process.wait() == 0 and len(started(folder)) == 2
+
+
+def test_where_the_state_cannot_be_written_the_error_is_one_line(queue, folder):
+    (folder / "a file").touch()
+    result = queue(*write_configs(folder, one={}), folder=folder / "a file")
+    assert result.status == 2 and len(result.err.splitlines()) == 1 and "make it writable" in result.err
+
+
+# -----------------------------------------------------------------------------
+# Notifications
+
+
+def test_a_command_gets_the_line_of_each_run_and_of_the_end(queue, folder):
+    script, lines = folder / "notify.sh", folder / "lines"
+    script.write_text(f'echo "$1|$2" >> "{lines}"; echo noise; echo noise >&2; exit 1')
+    configs = write_configs(folder, one={}, two=dict(how="fail"))
+    result = queue(*configs, "--notify", f"sh {script} 'a word'")
+    assert lines.read_text().splitlines() == [
+        f"a word|run 1 of 2: {folder}/logs/one/000.txt: finished, "
+        "step:4/4 val_loss:2.919300 train_time:8000ms step_avg:2000.00ms",
+        f"a word|run 2 of 2: {folder}/logs/two/000.txt: failed: No space left on device",
+        "a word|1 finished, 0 diverged, 1 failed; the same command does what is left",
+    ]
+    assert "noise" not in result.out + result.err
+
+
+# -----------------------------------------------------------------------------
+# The real program
+
+
+@pytest.fixture
+def real_configs(small_config, tmp_path):
+    """Two configs of a few steps: one rank, so that the queue is quick."""
+    text = small_config(num_iterations=12, val_loss_every=4, val_seq_len=128, val_tokens=128, sequences_per_step=1,
+                        checkpoint_every=2).read_text()
+    paths = [tmp_path / f"{name}.toml" for name in ("one", "two")]
+    for path, tables in zip(paths, ("[]", "[[0, 13]]")):
+        path.write_text(f"{text}\nvalue_embeddings = {tables}")
+    return paths
+
+
+def start_real(*arguments):
+    """In a session of its own, so that all of its processes can be found."""
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    return subprocess.Popen([ROOT / "run.sh", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def results(folder):
+    """{log: (validation losses by step, steps of the training lines)} of the logs below a folder, all finished."""
+    logs = sorted(folder.glob("*/*.txt"))
+    assert all(map(is_finished, logs))
+    return {str(log.relative_to(folder)): ([m.group(1, 3) for m in VAL_LINE.finditer(log.read_text())],
+                                           [m[1] for m in TRAIN_LINE.finditer(log.read_text())]) for log in logs}
+
+
+def descendants(pid):
+    """The processes that a process started, those that they started, and so on."""
+    try:
+        children = [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                    for child in open(f"/proc/{pid}/task/{task}/children").read().split()]
+    except OSError:  # it has ended
+        return []
+    return [process for child in children for process in (child, *descendants(child))]
+
+
+def kill_all(pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.campaign)])
+def test_a_queue_killed_again_and_again_ends_with_the_logs_of_an_undisturbed_one(real_configs, tmp_path, kills):
+    """The queue alone, politely, or all of its processes; and the same command again."""
+    undisturbed = finish(start_real(*real_configs, "--log_dir", tmp_path / "undisturbed"))
+    assert undisturbed.status == 0, undisturbed.err
+    rng = random.Random(0)
+    for kill in range(kills):
+        process = start_real(*real_configs)
+        assert "run.sh: run 1 of" in process.stdout.readline()
+        time.sleep(rng.uniform(0, 8))
+        if kill % 3 == 0:
+            process.kill()
+        elif kill % 3 == 1:
+            process.terminate()
+        else:
+            kill_all([process.pid, *descendants(process.pid)])
+        finish(process)
+    last = finish(start_real(*real_configs))
+    assert last.status == 0, last.err
+    assert results(tmp_path / "logs") == results(tmp_path / "undisturbed")
+    files = [path.name for path in (tmp_path / "logs").rglob("*") if path.is_file() and ".interrupted" not in path.name]
+    assert files == len(real_configs) * ["000.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, fragment", [
+    (["configs/nowhere.toml"], "configs/nowhere.toml: no such"),
+    (["configs/baseline.toml", "--value_embeddings", "[[0,", "15]]"], "quote"),
+])
+def test_the_real_program_says_a_mistake_in_one_line_and_starts_nothing(arguments, fragment):
+    result = finish(start_real(*arguments))
+    assert result.status == 2 and result.out == ""
+    assert len(result.err.splitlines()) == 1 and fragment in result.err
+
+
+@pytest.mark.slow
+def test_the_embedded_default_trains_on_a_cpu(tmp_path):
+    """In a copy of the repository without data: far below a model of byte frequencies after all of its steps."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([clone / "run.sh"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "configs/baseline.toml --scale tiny" in result.stdout.splitlines()[0]
+    byte_frequency_loss = float(re.search(r"only byte frequencies has validation loss (\d+\.\d+)", result.stdout)[1])
+    losses = [float(match[3]) for match in VAL_LINE.finditer((clone / "logs/tiny/baseline/000.txt").read_text())]
+    assert len(losses) == 5 and losses == sorted(losses, reverse=True) and losses[-1] < byte_frequency_loss - 1
