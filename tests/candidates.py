@@ -145,11 +145,12 @@ RELU_SQUARED_TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_
 
 def relu_squared(a: Tensor, b: Tensor, squares: Tensor | None = None) -> Tensor:
     """relu(a @ b)**2 or, given that as `squares`, (a @ b) times its derivative; a (M, K) contiguous, b (K, N)."""
-    out = a.new_empty(len(a), b.size(1))
-    tiles = out.numel() // (RELU_SQUARED_TILE["BLOCK_M"] * RELU_SQUARED_TILE["BLOCK_N"])
-    relu_squared_kernel[(tiles,)](
-        a, b, out if squares is None else squares, out, N=b.size(1), K=b.size(0), B_K_STRIDE=b.stride(0),
-        B_N_STRIDE=b.stride(1), BACKWARD=squares is not None, **RELU_SQUARED_TILE)
+    (M, K), N, tile = a.shape, b.size(1), RELU_SQUARED_TILE
+    assert M % tile["BLOCK_M"] == N % tile["BLOCK_N"] == K % tile["BLOCK_K"] == 0, "a whole number of tiles"
+    out = a.new_empty(M, N)
+    relu_squared_kernel[(M // tile["BLOCK_M"] * (N // tile["BLOCK_N"]),)](
+        a, b, out if squares is None else squares, out, N=N, K=K, B_K_STRIDE=b.stride(0), B_N_STRIDE=b.stride(1),
+        BACKWARD=squares is not None, **tile)
     return out
 
 

@@ -90,7 +90,7 @@ def in_child(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def process_group():
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ranks.start_process_group()
     yield
     dist.destroy_process_group()
 
