@@ -1,15 +1,9 @@
-"""Reading: which files are logs, what a log says, and which runs are of one configuration.
-
-Results are the lines `step:125/5960 val_loss:4.325680 train_time:27923ms step_avg:223.38ms` and, of a training step,
-`step:126/5960 train_time:28146ms step_avg:223.38ms`, behind the program text and the environment of a log.
-"""
+"""Reading: which files are logs, what a log says, and which runs are of one configuration."""
 
 import glob
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,17 +21,14 @@ WITHOUT_EFFECT = {"description", "log_dir", "save_checkpoint", "checkpoint_every
 
 
 class Curve(NamedTuple):
-    """Validations in the order of their steps."""
-
+    """Validations in the order of their steps; losses in nats a token, training time in seconds."""
     steps: np.ndarray
-    losses: np.ndarray  # nats a token
-    seconds: np.ndarray  # training time
+    losses: np.ndarray
+    seconds: np.ndarray
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """What one log says."""
-
     path: Path
     identity: dict[str, str]  # what runs of one configuration share: its keys, the program text, num_iterations
     num_iterations: int
@@ -54,19 +45,16 @@ class Run:
 def split_log(text: str) -> tuple[dict[str, str], str]:
     """The configuration, with the program text as one key more, and the results of a log.
 
-    The program text can hold rules and lines that look like results, so parts are counted from the environment: the
-    last part that begins like one. The results of a log without an environment follow its last rule.
+    The program text can hold rules and results, so parts are counted from the environment, or from the log's end.
     """
     parts = RULE.split(text)
-    environments = [i for i, part in enumerate(parts) if ENVIRONMENT.match(part)]
-    end = environments[-1] if environments else len(parts) - 1
+    end = max((i for i, part in enumerate(parts) if ENVIRONMENT.match(part)), default=len(parts) - 1)
     lines = parts[end - 1].strip().splitlines() if end > 1 else []
     settings = [match for line in lines if (match := SETTING.fullmatch(line))]
-    if len(settings) < len(lines):  # the rest of a program text: the speedrun's logs have no configuration
-        settings = []
-    program = "".join(parts[: end - 1 if settings else end])
-    identity = {match[1]: match[2] for match in settings if match[1] not in WITHOUT_EFFECT}
-    return identity | {"program text": program}, "\n".join(parts[end + 1 :] if environments else parts[end:])
+    has_settings = 0 < len(settings) == len(lines)  # else it is program text: the speedrun's logs have no configuration
+    identity = {match[1]: match[2] for match in settings if has_settings and match[1] not in WITHOUT_EFFECT}
+    identity["program text"] = "".join(parts[: end - has_settings])
+    return identity, "\n".join(parts[end + 1 :] or parts[end:])
 
 
 def read_run(path: Path) -> Run:
@@ -81,47 +69,39 @@ def read_run(path: Path) -> Run:
         lines.append((*order, match))
     if not lines:
         raise ValueError(f"{path}: no results in it (lines like step:1/2 val_loss:4.3 train_time:9ms step_avg:9.00ms)")
-    validations = [(int(m[1]), float(m[3]), int(m[4]) / 1000) for _, is_validation, m in lines if is_validation]
-    curve = Curve(*np.array(validations).reshape(-1, 3).T)
+    rows = [(int(match[1]), float(match[3]), int(match[4]) / 1000) for _, validates, match in lines if validates]
+    curve = Curve(*np.array(rows).reshape(-1, 3).T)
     if (np.diff(curve.seconds) < 0).any():
         raise ValueError(f"{path}: left out, its train_time falls between validations")
     last = lines[-1][2]
     diverged = [int(step) for step in curve.steps[~np.isfinite(curve.losses)]]
-    if int(last[1]) < int(last[2]):
-        diverged += [int(match[1]) for match in DIVERGED.finditer(results, last.end())]
-    identity["num_iterations"] = last[2]
+    diverged += [int(match[1]) for match in DIVERGED.finditer(results, last.end())]
+    identity |= {"num_iterations": last[2]}
     return Run(path, identity, int(last[2]), curve, float(last[5]), min(diverged, default=None))
 
 
-def is_log(path: Path) -> bool:
-    return path.suffix in {".txt", ".log"} and path.name != "requirements.txt" and path.is_file()
-
-
-def find_logs(paths: Sequence[Path]) -> tuple[dict[Path, list[Path]], list[str]]:
-    """{folder: its logs}, or {log: [log]} for one given by itself, and lines on what was passed over.
+def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
+    """{folder: its logs}, or {log: {log}} for one given by itself, and lines on what was passed over.
 
     The logs in a folder and one level below are taken; where there are none, those of the next level that has some.
-    Raises ValueError if a path does not exist.
     """
-    found: dict[Path, list[Path]] = defaultdict(list)
+    found: dict[Path, set[Path]] = defaultdict(set)
     without, notes = [], []
     for given in paths:
         path = Path(os.path.abspath(given))
-        if not path.exists():
-            raise ValueError(f"{given}: no such log or folder")
-        names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else []
-        depths = {log: max(2, len(Path(name).parts)) for name in names if is_log(log := path / name)}
+        names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else [""]
+        files = {path / name: max(2, len(Path(name).parts)) for name in names if (path / name).is_file()}
+        depths = {f: n for f, n in files.items() if f.suffix in (".txt", ".log") and f.name != "requirements.txt"}
         near = [log for log, depth in depths.items() if depth == min(depths.values())]
-        for key, log in [(log.parent, log) for log in near] or [(path, path)] * is_log(path):
-            found[key] += [log] * (log not in found[key])
+        for log in near:
+            found[log.parent if path.is_dir() else log].add(log)
+        without += [] if near else [str(given) if path.exists() else f"{given} (no such file)"]
         if len(near) < len(depths):
             notes.append(f"{given}: {len(depths) - len(near)} logs in deeper folders left out; name their folder")
-        if not depths and not is_log(path):
-            without.append(str(given))
     return found, notes + [f"passed over, no logs (*.txt, *.log): {', '.join(without)}"] * bool(without)
 
 
-def shortest_names(paths: Sequence[Path]) -> list[str]:
+def shortest_names(paths: list[Path]) -> list[str]:
     """For each path as much of its end as tells it from the others; a numbered log's name goes with its folder's."""
     parts = [path.with_suffix("").parts if path.is_file() else path.parts for path in paths]
     names = []
@@ -132,10 +112,10 @@ def shortest_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def split_runs(name: str, runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
+def split_runs(name: str, runs: list[Run]) -> tuple[dict[str, list[Run]], list[str]]:
     """{name: runs of one program, configuration and length}, and a line where that makes more than one name."""
-    keys = sorted({key for run in runs for key in run.identity})
-    differing = [key for key in keys if len({run.identity.get(key) for run in runs}) > 1]
+    keys = {key: {run.identity.get(key) for run in runs} for run in runs for key in run.identity}
+    differing = sorted(key for key, values in keys.items() if len(values) > 1)
     kinds: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         kinds[tuple(run.identity.get(key) for key in differing)].append(run)
@@ -144,24 +124,17 @@ def split_runs(name: str, runs: Sequence[Run]) -> tuple[dict[str, list[Run]], li
     return groups, [f"{name}: split, as its runs differ in {', '.join(differing)}: {members}"] * bool(differing)
 
 
-def read_configurations(paths: Sequence[Path]) -> tuple[dict[str, list[Run]], list[str]]:
-    """{name: runs} of every configuration with results, and a line on everything that was split or left out.
-
-    Raises ValueError if a path does not exist.
-    """
+def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Run]], list[str]]:
+    """{name: runs} of every configuration with results, and a line on everything that was split or left out."""
     found, notes = find_logs(paths)
     configurations: dict[str, list[Run]] = {}
     for name, logs in zip(shortest_names(list(found)), found.values()):
         runs: list[Run] = []
-        for log in logs:
+        for log in sorted(logs):
             try:
-                run = read_run(log)
+                runs.append(read_run(log))
             except (ValueError, OSError) as error:
                 notes.append(str(error))
-                continue
-            if run.finished and any(np.array_equal(run.curve, other.curve) for other in runs):
-                notes.append(f"{log}: the same results as another run of {name}; a copy makes tests too sure")
-            runs.append(run)
         groups, lines = split_runs(name, runs)
         configurations |= groups
         notes += lines
