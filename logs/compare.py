@@ -22,10 +22,8 @@ from logs.results import Run, read_configurations
 from logs.run_statistics import LEVEL, POWER, Comparison, Effect, deviation, record_test, runs_needed, stats
 
 WIDTH = 110
-HEADER = (
-    ["", "", "", "", "", "ms a", "loss change", "", "time change", "", ""],
-    ["configuration", "runs", "final loss", "step", "time, s", "step", "1e-3 nats", "p", "s", "p", "verdict"],
-)
+HEADER = (["", "", "", "", "", "ms a", "loss change", "", "time change", "", ""],
+          ["name", "runs", "final loss", "step", "time, s", "step", "1e-3 nats", "p", "s", "p", "verdict"])
 
 
 def summarise(comparison: Comparison, name: str) -> dict[str, Any]:
@@ -98,13 +96,15 @@ def describe_open(comparison: Comparison, run: Run) -> str:
 
 def sentence(comparison: Comparison, entry: dict[str, Any]) -> str:
     """What the table does not say of a configuration."""
-    name, test, (loss, time) = entry["name"], entry["t_test"], comparison.effects(entry["name"])
+    name, test, even = entry["name"], entry["t_test"], entry["break_even_step_ms"]
+    loss, time = comparison.effects(name)
     parts = ["the baseline" if name == comparison.baseline else f"loss {loss.verdict}, time {time.verdict}"]
-    if entry["break_even_step_ms"] is not None and name != comparison.baseline:
+    if even is not None and name != comparison.baseline:
         spent = 1000 * entry["time_to_target"] / entry["steps_to_target"]
-        parts.append(f"{spent:.2f} ms a step to the target, would tie at {entry['break_even_step_ms']:.2f}")
-    parts += [f"{entry['missed']} of {entry['runs']} would reach it later"] if entry["missed"] else []
-    parts += [f"total {number(entry['total_time_mean'], '.1f', entry['total_time_std'])} s"] if entry["runs"] else []
+        parts.append(f"{spent:.2f} ms a step to the target, ties with the baseline at {even:.2f}")
+    parts += [f"{entry['missed']} of {entry['runs']} would reach the target later"] if entry["missed"] else []
+    total = number(entry["total_time_mean"], ".1f", entry["total_time_std"])
+    parts += [f"{total} s for {entry['num_iterations']} steps"] if entry["runs"] else []
     if test["p"] is not None:
         figures = f"t {test['t']:.2f}, p {test['p']:.3g}, 95% bound {test['upper_bound']:.6f}"
         parts.append(f"record: {'yes' if test['record'] else 'no'} ({figures})")
@@ -124,7 +124,7 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
             lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once; deviation "
                          f"{family.deviation:.3g} {unit}, {family.freedom} degrees of freedom.")
         if family.variance_p < 0.01:
-            lines.append(f"Warning: deviations of {what} differ (Brown-Forsythe p {family.variance_p:.1g}), p is rough.")
+            lines.append(f"Warning: {what} varies unequally (Brown-Forsythe p {family.variance_p:.1g}), p is rough.")
     if delta and stats and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
         lines.append(f"To show {delta:g} in loss with power {POWER} takes {runs_needed(effect, LEVEL)} runs of both, "
@@ -149,9 +149,8 @@ def write_csv(configurations: dict[str, list[Run]]) -> None:
     """All validations of all runs, also of those that have not ended or diverged."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["configuration", "run", "step", "num_iterations", "val_loss", "train_time_ms"])
-    for name, run in ((name, run) for name, runs in configurations.items() for run in runs):
-        rows = zip(*run.curve)
-        writer.writerows([name, run.path.name, int(x), run.num_iterations, y, round(1000 * t)] for x, y, t in rows)
+    for name, r in ((name, run) for name, runs in configurations.items() for run in runs):
+        writer.writerows([name, r.path.name, int(x), r.num_iterations, y, round(1000 * t)] for x, y, t in zip(*r.curve))
 
 
 class Parser(argparse.ArgumentParser):

@@ -108,7 +108,7 @@ def shortest_names(paths: list[Path]) -> list[str]:
     for path, own in zip(paths, parts):
         depths = range(2 if path.is_file() and path.stem.isdecimal() else 1, len(own) + 1)
         ends = (own[-depth:] for depth in depths if sum(other[-depth:] == own[-depth:] for other in parts) == 1)
-        names.append("".join(c if c.isprintable() else "?" for c in "/".join(next(ends, path.parts))))
+        names.append("".join(c if c.isprintable() else "?" for c in "/".join(next(ends, path.parts[1:]))))
     return names
 
 
