@@ -124,7 +124,7 @@ def test_a_run_that_diverged(tmp_path, text, step):
     (["a.txt"], ["a.txt"], ["a"]),
     (["base/0.txt", "base/1.log"], ["base"], ["base"]),
     (["base/0.txt", "base/1.txt"], ["base/1.txt", "base/0.txt"], ["base/1", "base/0"]),
-    (["logs/add_2/0.txt", "logs/add_1/0.txt", "logs/requirements.txt", "logs/add_2/0.ckpt"], ["logs"], ["add_1", "add_2"]),
+    (["l/add_2/0.txt", "l/add_1/0.txt", "l/requirements.txt", "l/add_2/0.ckpt"], ["l"], ["add_1", "add_2"]),
     (["x/base/0.txt", "y/base/0.txt", "x/add/0.txt"], ["x/base", "x/base/", "y", "x/add"], ["x/base", "y/base", "add"]),
     (["v1.2/0.txt"], ["v1.2"], ["v1.2"]),
     (["logs/.hidden/0.txt", "logs/base/.0.txt", "logs/base/1.txt"], ["logs"], ["base"]),
