@@ -47,7 +47,8 @@ def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
     axes.legend(loc="upper right", title="95% intervals, all at once")
     runs = [len(family.samples[name]) for name in names]
     axes.set_yticks(range(len(names)), [f"{n} ({k} run{'s'[:k - 1]})" for n, k in zip(names, runs)], parse_math=False)
-    axes.set(xlabel=f"{what} less that of {comparison.baseline}", ylim=(len(names) - 0.4, -1.6))
+    axes.set_xlabel(f"{what} less that of {comparison.baseline}", parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -1.6)
     axes.figure.savefig(file, bbox_inches="tight")
 
 
@@ -74,8 +75,8 @@ def curves(comparison: Comparison, of_time: bool, low: float | None, high: float
         x = np.empty(0)
         for curve, width in [*((run.curve, 0.5) for run in runs), (comparison.curves[name], 1.8)]:
             if len(curve.steps):
-                edges = [edge for edge in (low, high) if curve[axis][0] <= edge <= curve[axis][-1]]
-                x = np.union1d(curve[axis][(low <= curve[axis]) & (curve[axis] <= high)], edges)
+                points = np.union1d(curve[axis], np.clip((low, high), curve[axis][0], curve[axis][-1]))
+                x = points[(low <= points) & (points <= high)]
                 y = np.interp(x, curve[axis], curve.losses)
                 axes.plot(x, y, ".-", color=colour, linewidth=width, markersize=2 * width, alpha=min(1, width))
         if len(comparison.finished[name]) > 1 and stats:

@@ -74,10 +74,9 @@ def read_run(path: Path) -> Run:
     if (np.diff(curve.seconds) < 0).any():
         raise ValueError(f"{path}: left out, its train_time falls between validations")
     last = lines[-1][2]
-    diverged = [int(step) for step in curve.steps[~np.isfinite(curve.losses)]]
-    diverged += [int(match[1]) for match in DIVERGED.finditer(results, last.end())]
-    identity |= {"num_iterations": last[2]}
-    return Run(path, identity, int(last[2]), curve, float(last[5]), min(diverged, default=None))
+    diverged = [*curve.steps[~np.isfinite(curve.losses)], *(m[1] for m in DIVERGED.finditer(results, last.end()))]
+    identity["num_iterations"] = last[2]
+    return Run(path, identity, int(last[2]), curve, float(last[5]), min(map(int, diverged), default=None))
 
 
 def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
