@@ -228,7 +228,8 @@ def test_mistakes_are_a_line(two, tmp_path_factory, monkeypatch, capsys, argumen
 
 @pytest.mark.parametrize("missing", ["scipy", "matplotlib"])
 def test_without_scipy_or_matplotlib_the_table_comes(two, missing):
-    code = f"import sys; sys.modules[{missing!r}] = None\nfrom logs import compare\nsys.exit(compare.main(sys.argv[1:]))"
+    code = f"import sys; sys.modules[{missing!r}] = None\n"
+    code += "from logs import compare; sys.exit(compare.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, two, "--power", "0.001"]
     done = subprocess.run(command, cwd=LOGS.parent, capture_output=True, text=True)
     assert done.returncode == 0 and "2.9103 ±0.0015" in done.stdout

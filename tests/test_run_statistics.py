@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from test_results import write_runs
 
 from logs import run_statistics
 from logs.results import Curve, Run, read_configurations
@@ -205,8 +204,3 @@ def test_power_is_how_often_a_simulated_test_detects():
     n = runs_needed(1.5, 0.01)
     detected = [(stats.ttest_ind(a[:, :k], b[:, :k] + 1.5, axis=1).pvalue < 0.01).mean() for k in (n - 1, n)]
     assert detected[0] < 0.8 < detected[1] + 0.01
-
-
-def test_files_and_arrays_agree(tmp_path):
-    (run,) = read_configurations([write_runs(tmp_path / "c", [[9.0, 3.0, 2.9]])])[0]["c"]
-    assert all(np.array_equal(*columns) for columns in zip(run.curve, make_curve([9.0, 3.0, 2.9])))
