@@ -61,7 +61,7 @@ def test_a_mistake_in_a_config_is_one_line(check, small_config, keys, fragments)
 
 @pytest.mark.parametrize("words, fragments", [
     (["--num_iterations", "x"], ["--num_iterations: expected an integer"]),
-    (["--scale", "tinny"], ["configs/scales/tinny.toml: no such config file", "tiny.toml"]),
+    (["--scale", "tinny"], ["configs/scales/tinny.toml: no such file", "tiny.toml"]),
     (["other.toml"], ["unexpected argument other.toml: a run has one config"]),
     (["--train_files", "\udce9*.bin"], ["train_files: no file matches \\udce9*.bin"]),
 ])

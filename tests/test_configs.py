@@ -81,7 +81,7 @@ def test_without_data_every_config_at_every_scale_stops_at_the_data(name, scale,
     monkeypatch.chdir(tmp_path)
     hp = read(name, scale=scale)
     with pytest.raises(ValueError, match=f"^{name}.toml: train_files: no file matches {re.escape(hp.train_files)}"):
-        train.check_run(hp, Path(f"{name}.toml"), world_size=1)
+        train.check_run(hp, Path(f"{name}.toml"), 1, train.model_on_meta)
     assert hp.value_embeddings == CONFIGS[name][0]
 
 

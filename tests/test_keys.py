@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from helpers import write_config
 
-from configs.keys import expand_path, load, parse_command_line
+from configs.checks import expand_path
+from configs.keys import load, parse_command_line
 from train_gpt_medium import Hyperparameters
 
 
@@ -157,22 +158,22 @@ def test_a_scale_sets_size_and_data_only(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("options, fragments", [
-    (dict(scale="tinny"), ["configs/scales/tinny.toml: no such config file", "configs/scales/tiny.toml"]),
-    (dict(scale="none/x.toml"), ["none/x.toml: no such config file"]),
+    (dict(scale="tinny"), ["configs/scales/tinny.toml: no such file", "configs/scales/tiny.toml"]),
+    (dict(scale="none/x.toml"), ["none/x.toml: no such file"]),
 ])
 def test_a_scale_that_does_not_exist(tmp_path, options, fragments):
     assert_mistake(lambda: read(write_config(tmp_path / "c.toml"), **options), *fragments)
 
 
 def test_a_config_that_does_not_exist_has_a_suggestion():
-    assert_mistake(lambda: read(Path("configs/basline.toml")), "configs/basline.toml: no such config file",
+    assert_mistake(lambda: read(Path("configs/basline.toml")), "configs/basline.toml: no such file",
                    "did you mean configs/baseline.toml?")
 
 
 @pytest.mark.parametrize("content, fragments", [
-    (b"num_iterations = 5\nseed = = 3\n", ["TOML syntax error", "line 2"]),
-    (b"seed = 1\nseed = 2\n", ["TOML syntax error"]),
-    (b"\xff\xfe\x00", ["not a text file in UTF-8"]),
+    (b"num_iterations = 5\nseed = = 3\n", ["not a TOML file in UTF-8", "line 2"]),
+    (b"seed = 1\nseed = 2\n", ["not a TOML file in UTF-8"]),
+    (b"\xff\xfe\x00", ["not a TOML file in UTF-8"]),
 ])
 def test_a_file_that_is_no_toml(tmp_path, content, fragments):
     path = tmp_path / "bad.toml"

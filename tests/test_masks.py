@@ -47,21 +47,31 @@ def plain_lists(tokens, window):
     return docs, kept
 
 
-def window_lists(tokens, window):
+def window_blocks(tokens, window):
     docs = train.document_ids(tokens, END_OF_TEXT)
     return docs, train.clip_to_window(train.document_blocks(docs), torch.tensor(window, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("documents", DOCUMENTS)
-def test_block_lists_follow_the_rule(documents, window):
+def test_seen_blocks_follow_the_rule(documents, window):
     tokens = tokens_with_documents(DOCUMENTS[documents])
     expected_docs, expected = plain_lists(tokens, window)
-    docs, lists = window_lists(tokens, window)
+    docs, seen = window_blocks(tokens, window)
     assert docs.tolist() == expected_docs
     for i, (full, partial) in enumerate(expected):
-        assert lists.full[i, : lists.full_count[i]].tolist() == full
-        assert lists.partial[i, : lists.partial_count[i]].tolist() == partial
+        assert seen.full[i].nonzero().flatten().tolist() == full[::-1]
+        assert seen.partial[i].nonzero().flatten().tolist() == partial[::-1]
+
+
+def test_lists_for_flex_attention_name_each_block_once():
+    """By queries and, for the backward, by keys; what stands behind a row's count is not read."""
+    _, seen = window_blocks(tokens_with_documents(DOCUMENTS["short ones and a long one"]), 7)
+    for blocks in (*seen, seen.partial.T, seen.full.T):
+        counts, lists = train.listed(blocks)
+        assert counts.shape == (1, 1, BLOCKS) and lists.shape == (1, 1, BLOCKS, BLOCKS)
+        for row, count, columns in zip(blocks, counts[0, 0], lists[0, 0]):
+            assert sorted(columns[:count].tolist()) == row.nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -75,14 +85,14 @@ def test_dense_mask_shows_what_the_lists_allow(documents, window):
         for j in full + partial:
             expected[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128] = True
     expected &= (docs[:, None] == docs[None, :]).tril()
-    actual_docs, lists = window_lists(tokens, window)
-    assert torch.equal(train.dense_mask(lists, actual_docs), torch.zeros(T, T).masked_fill(~expected, -torch.inf))
+    actual_docs, seen = window_blocks(tokens, window)
+    assert torch.equal(train.dense_mask(seen, actual_docs), torch.zeros(T, T).masked_fill(~expected, -torch.inf))
 
 
 def test_every_token_sees_itself():
     """In the narrowest window too: a row without any key would be NaN."""
-    docs, lists = window_lists(tokens_with_documents(DOCUMENTS["many short ones"]), 0)
-    assert (train.dense_mask(lists, docs).diagonal() == 0).all()
+    docs, seen = window_blocks(tokens_with_documents(DOCUMENTS["many short ones"]), 0)
+    assert (train.dense_mask(seen, docs).diagonal() == 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +115,8 @@ def test_dense_attention_equals_compiled_flex_attention(compiled_attend, documen
     q, k, v = (torch.randn(1, 1, T, 128, generator=generator) for _ in range(3))
     with torch.no_grad():
         flex = compiled_attend(q, k, v, tokens, torch.tensor(window, dtype=torch.int32))
-    docs, lists = window_lists(tokens, window)
-    dense = train.attend(q, k, v, train.dense_mask(lists, docs))
+    docs, seen = window_blocks(tokens, window)
+    dense = train.attend(q, k, v, train.dense_mask(seen, docs))
     assert (dense - flex).abs().max() < 1e-5
     assert flex.abs().max() > 1  # something was computed
 
@@ -115,8 +125,8 @@ def test_attention_masks_are_long_and_half_as_long():
     tokens = tokens_with_documents([])
     masks = train.attention_masks(tokens, END_OF_TEXT, torch.tensor(7, dtype=torch.int32))
     for mask, window in zip(masks, (7, 3)):
-        docs, lists = window_lists(tokens, window)
-        assert torch.equal(mask, train.dense_mask(lists, docs))
+        docs, seen = window_blocks(tokens, window)
+        assert torch.equal(mask, train.dense_mask(seen, docs))
 
 
 def test_attention_scores_are_scaled_by_012():
