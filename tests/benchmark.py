@@ -8,7 +8,7 @@ Parts, in the order named; without a name all but the last two:
     machine     the rates of a large product and of a copy, from which the floors follow
     parts       masks, tables, attention, MLP, head and loss: one sequence forward and backward
     step        one sequence, a step of 8 sequences, a validation sequence, AdamW, Muon (a rank's of 8, and all)
-    tables      one sequence and AdamW with 0, 3, 6 and 8 tables, compiled block by block: the cost of a table
+    tables      one sequence and AdamW with 0, 3, 6 and 8 tables: the cost of a table
     start       the program itself for two steps, with empty caches and again with what the first run left there
     profile     the kernels of one sequence that take longest
     options     FlexAttention's kernel options, and other tiles for the candidates
@@ -178,20 +178,22 @@ def both(make: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     return {"plain": make(*arguments, ()), "candidates": make(*arguments, candidates.CANDIDATES)}
 
 
-def prepare(model: train.GPT, names: tuple[str, ...]) -> train.GPT:
+def prepare(model: train.GPT, names: tuple[str, ...]) -> None:
     """Apply candidates, and fill what starts at zero: products of zeros take less power, and so less time."""
     for name, p in model.named_parameters():
         if name.endswith(("qkvo_w", "proj_w", "lm_head_w")):
             train.init_(p)
     candidates.apply(model, names)
-    return model
+    if ON_GPU:
+        model.compile_parts()
 
 
 def make_model(hp: train.Hyperparameters, names: tuple[str, ...]) -> train.GPT:
     with DEVICE:
-        model = prepare(train.GPT(hp), names)
+        model = train.GPT(hp)
     if ON_GPU:
         model.use_bf16()
+    prepare(model, names)
     return model
 
 
@@ -206,25 +208,25 @@ def forward_and_backward(function: Callable[..., Any], inputs: list[Tensor], *ar
 # Operations
 
 
-def window_lists(bench: Bench, blocks: int) -> tuple[train.BlockLists, Tensor]:
-    """The mask's blocks of the first sequence, and its documents."""
+def seen_blocks(bench: Bench, window: int) -> tuple[train.SeenBlocks, Tensor]:
+    """The mask's blocks for the first sequence under a window, and the sequence's documents."""
     docs = train.document_ids(bench.inputs[0], bench.hp.vocab_size - 1)
-    window = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
-    return train.clip_to_window(train.document_blocks(docs), window), docs
+    limit = torch.tensor(window, dtype=torch.int32, device=DEVICE)
+    return train.clip_to_window(train.document_blocks(docs), limit), docs
 
 
-def attention_operations(bench: Bench, blocks: int) -> float:
+def attention_operations(bench: Bench, window: int) -> float:
     """Of one layer's forward: 4 a pair of a query and a key, head, and dimension of the head."""
-    lists, _ = window_lists(bench, blocks)
-    listed = int(lists.full_count.sum() + lists.partial_count.sum())
-    return 4 * listed * train.BLOCK_SIZE**2 * train.HEAD_DIM * bench.hp.num_heads
+    blocks, _ = seen_blocks(bench, window)
+    pairs = int(blocks.partial.sum() + blocks.full.sum()) * train.BLOCK_SIZE**2
+    return 4 * pairs * train.HEAD_DIM * bench.hp.num_heads
 
 
 def sequence_operations(bench: Bench) -> float:
     """Of forward and backward of the first sequence: 6 a weight and token, and three times the attention's forward."""
     model = train.model_on_meta(bench.hp)
     weights = model.lm_head_w.numel() + sum(p.numel() for p in model.blocks.parameters())
-    long, short = (attention_operations(bench, blocks) for blocks in (MIDDLE_WINDOW, MIDDLE_WINDOW // 2))
+    long, short = (attention_operations(bench, window) for window in (MIDDLE_WINDOW, MIDDLE_WINDOW // 2))
     num_long = len(train.LONG_WINDOW_LAYERS)
     attention = num_long * long + (train.NUM_LAYERS - 1 - num_long) * short
     return 6 * bench.hp.train_seq_len * weights + 3 * attention
@@ -252,11 +254,11 @@ def measure_machine(bench: Bench) -> None:
     bench.note("rates", {"TFLOP/s": bench.rate / 1e12, "GB/s": bench.bandwidth / 1e9})
 
 
-def flex_inputs(bench: Bench, blocks: int) -> tuple[list[Tensor], train.Mask]:
+def flex_inputs(bench: Bench, window: int) -> tuple[list[Tensor], train.Mask]:
     """q, k and v, strided as in the model, and the mask of the first sequence."""
     shape = (1, bench.hp.train_seq_len, bench.hp.num_heads, train.HEAD_DIM)
     qkv = [torch.randn(shape, device=DEVICE, dtype=DTYPE).transpose(1, 2).requires_grad_() for _ in range(3)]
-    return qkv, (train.flex_mask if ON_GPU else train.dense_mask)(*window_lists(bench, blocks))
+    return qkv, (train.flex_mask if ON_GPU else train.dense_mask)(*seen_blocks(bench, window))
 
 
 def activations(bench: Bench) -> Tensor:
@@ -271,14 +273,14 @@ def run_mlp(bench: Bench, names: tuple[str, ...]) -> Timed:
 
 def run_head(bench: Bench, names: tuple[str, ...]) -> Timed:
     model, x = make_model(bench.hp, names), activations(bench)
-    return forward_and_backward(compiled(model.loss), [x, model.lm_head_w], x, bench.targets[0])
+    return forward_and_backward(model.loss, [x, model.lm_head_w], x, bench.targets[0])
 
 
 def run_tables(bench: Bench, names: tuple[str, ...]) -> Timed:
     model = make_model(bench.hp, names)
     tables = [model.embed, *model.value_embeds]
-    look_up = compiled(lambda tokens: [table(tokens) for table in tables])
-    return forward_and_backward(look_up, [table.weight for table in tables], bench.inputs[0])
+    weights = [table.weight for table in tables]
+    return forward_and_backward(lambda tokens: [table(tokens) for table in tables], weights, bench.inputs[0])
 
 
 def measure_parts(bench: Bench) -> None:
@@ -288,12 +290,12 @@ def measure_parts(bench: Bench) -> None:
     bench.add("masks of a sequence", {"plain": lambda: masks(bench.inputs[0], V - 1, bench.window)})
     bench.add(f"embedding and {tables - 1} tables", both(run_tables, bench),
               moved=size * tables * d * (3 * T + V))
-    for blocks in (3, 14, 27) if ON_GPU else (2,):
-        qkv, mask = flex_inputs(bench, blocks)
-        attend, operations = compiled(train.attend), attention_operations(bench, blocks)
-        bench.add(f"attention, window {blocks}, forward", {"plain": lambda: attend(*qkv, mask)}, operations)
+    for window in (3, 14, 27) if ON_GPU else (2,):
+        qkv, mask = flex_inputs(bench, window)
+        attend, operations = compiled(train.attend), attention_operations(bench, window)
+        bench.add(f"attention, window {window}, forward", {"plain": lambda: attend(*qkv, mask)}, operations)
         run = forward_and_backward(attend, qkv, *qkv, mask)
-        bench.add(f"attention, window {blocks}, forward and backward", {"plain": run}, 3.5 * operations)
+        bench.add(f"attention, window {window}, forward and backward", {"plain": run}, 3.5 * operations)
     bench.add("MLP", both(run_mlp, bench), operations=6 * T * 8 * d**2, moved=size * T * d * 5)
     padded = train.model_on_meta(hp).lm_head_w.numel()
     bench.add("head and loss", both(run_head, bench), operations=6 * T * padded, moved=size * T * V * 3)
@@ -301,7 +303,7 @@ def measure_parts(bench: Bench) -> None:
 
 def make_trainer(hp: train.Hyperparameters, names: tuple[str, ...]) -> train.Trainer:
     trainer = train.Trainer(hp, DEVICE)
-    prepare(trainer.raw_model, names)
+    prepare(trainer.model, names)
     return trainer
 
 
@@ -329,7 +331,7 @@ def measure_step(bench: Bench) -> None:
 
 def measure_optimizers(bench: Bench, trainer: train.Trainer) -> None:
     adamw, muon = trainer.optimizers
-    for p in trainer.raw_model.parameters():
+    for p in trainer.model.parameters():
         p.grad = torch.randn_like(p)
     moved = sum(p.numel() * p.element_size() for group in adamw.param_groups for p in group["params"])
     bench.add("AdamW", {"plain": adamw.step}, moved=7 * moved)  # 4 tensors read, 3 written
@@ -340,14 +342,9 @@ def measure_optimizers(bench: Bench, trainer: train.Trainer) -> None:
 
 
 def run_sequence_and_adamw(bench: Bench, tables: list[list[int]], names: tuple[str, ...]) -> Timed:
-    """Compiled block by block, which takes less time than whole models; blocks of one kind share their programs."""
     hp = replace(bench.hp, value_embeddings=tables)
     model = make_model(hp, names)
     adamw, _ = train.make_optimizers(model, hp, rank=0, world_size=1)
-    if ON_GPU:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-        model.loss = compiled(model.loss)
 
     def run() -> None:
         model(bench.inputs[0], bench.targets[0], bench.window).backward()
@@ -396,7 +393,7 @@ def measure_start(bench: Bench) -> None:
 def measure_profile(bench: Bench) -> None:
     activity = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
     for which, model in both(make_model, bench.hp).items():
-        run = partial(run_sequence, bench, compiled(model))
+        run = partial(run_sequence, bench, model)
         for _ in range(UNTIMED):
             run()
         with torch.profiler.profile(activities=[activity]) as profile:
@@ -450,7 +447,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in MEASURES]:
         parser.error(f"there is no part {unknown[0]}; there are {', '.join(MEASURES)}")
-    torch._dynamo.config.recompile_limit = 64  # the models of one process differ in their tables
     machine.find_device()
     ranks.start_process_group()
     with tempfile.TemporaryDirectory() as folder:

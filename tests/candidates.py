@@ -4,12 +4,13 @@
     mlp     ReLU squared and its derivative inside the products before them, instead of passes over (T, 4d)
     head    the gradients of the loss computed together with the loss, half of the sequence at a time
 
-The model knows nothing of them: `apply` replaces methods of one instance. tests/benchmark.py times them against the
-model's own; what pays on a GPU moves into the model, the rest is deleted. The kernels are Triton's
-(https://triton-lang.org), each behind a custom operator, which torch.compile leaves as it is. Bytes and times below are
-for T = 65,536, d = 1024 and bf16.
+The model knows nothing of them: `apply` replaces methods of one instance, before `compile_parts`. tests/benchmark.py
+times them against the model's own; what pays on a GPU moves into the model, the rest is deleted. The kernels are
+Triton's (https://triton-lang.org), each behind a custom operator, which torch.compile leaves as it is. Bytes and times
+below are for T = 65,536, d = 1024 and bf16.
 """
 
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -25,6 +26,7 @@ import train_gpt_medium as train
 # The gradient of an embedding table
 
 
+@lru_cache(maxsize=1)  # the tables of a model are read one after the other for the same tensor
 def find_occurrences(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where each token of a sequence (T,) occurs; does not wait for the GPU.
 
@@ -101,7 +103,7 @@ class Lookup(torch.autograd.Function):
 
 
 def table_forward(table: nn.Embedding, tokens: Tensor) -> Tensor:
-    """In place of nn.Embedding.forward. Each table sorts the tokens; the compiler merges these sorts into one."""
+    """In place of nn.Embedding.forward."""
     if not torch.is_grad_enabled():
         return F.embedding(tokens, table.weight)
     return Lookup.apply(table.weight, tokens, *find_occurrences(tokens))
@@ -289,7 +291,7 @@ CANDIDATES = ("tables", "mlp", "head")
 
 
 def apply(model: train.GPT, names: list[str]) -> None:
-    """Replace methods of a model by those of the named candidates; before it is compiled."""
+    """Replace methods of a model by those of the named candidates."""
     assert set(names) <= set(CANDIDATES), names
     if "tables" in names:
         for table in (model.embed, *model.value_embeds):

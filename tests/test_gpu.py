@@ -158,7 +158,8 @@ def val_losses_of_50_steps(config, names):
     """At steps 0, 25 and 50."""
     hp = load(train.Hyperparameters, config, {})
     trainer = train.Trainer(hp, torch.device("cuda", 0))
-    candidates.apply(trainer.raw_model, names)
+    candidates.apply(trainer.model, names)
+    trainer.model.compile_parts()
     batches = train_batches(trainer.train_shards, hp, 0, 1, trainer.device)
     losses = [trainer.validate(0)]
     for step in range(50):
