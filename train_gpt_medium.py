@@ -46,9 +46,9 @@ from configs.checks import check_run, count_parameters, draw_map, expand_path, f
 from configs.keys import key, load, parse_command_line
 from data.batches import to_inputs_and_targets, train_batches, val_sequences
 from data.shards import open_shards
-from logs import checkpoint, machine, ranks, run_log
+from logs import checkpoint, log_file, machine, ranks, run_log
+from logs.log_file import log_path, plural
 from logs.resume import Run, begin_log, claim, save
-from logs.run_log import log_path, plural
 
 # -----------------------------------------------------------------------------
 # Architecture: what no config changes
@@ -807,7 +807,7 @@ def carry_out(run: Run) -> None:
             weights = dict(step=hp.num_iterations, code=run.code, model=checkpoint.copy_weights(trainer.model))
             checkpoint.write(log.path.with_suffix(".ckpt"), weights)
         log.line(machine.peak_memory(run.device))
-        checkpoint.remove(run_log.checkpoint_path(log.path))
+        checkpoint.remove(log_file.checkpoint_path(log.path))
     log.end("finished")
     ranks.wait_for_all(run.device)
 
@@ -824,7 +824,7 @@ def main(arguments: Sequence[str]) -> int:
     if only_check:
         return 0
     run = ranks.together(lambda: claim(run) if dist.get_rank() == 0 else run)
-    hp, path = ranks.gather((run.hp, run.state and run_log.checkpoint_path(run.log.path)))[0]
+    hp, path = ranks.gather((run.hp, run.state and log_file.checkpoint_path(run.log.path)))[0]
     run = run._replace(hp=hp, state=ranks.together(lambda: path and checkpoint.load(path)))
     return ranks.run_and_report(run.log, carry_out, run)
 

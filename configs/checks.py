@@ -15,7 +15,7 @@ from torch import nn
 from configs.keys import error_context
 from data.shards import check_stream, fineweb_shards_needed
 from logs.checkpoint import read_weights
-from logs.run_log import plural
+from logs.log_file import plural
 
 HEAD_DIM = 128
 

@@ -12,7 +12,7 @@ from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from logs.run_log import end_with_parent
+from logs.log_file import end_with_parent
 
 
 def main(command: list[str]) -> int:

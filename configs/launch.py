@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from configs.queue_plan import ROOT, Experiment
-from logs.run_log import end_with_parent, is_finished, last_line
+from logs.log_file import end_with_parent, is_finished, last_line
 from logs.status import problem
 
 GUARD = [sys.executable, str(ROOT / "configs" / "guard.py")]

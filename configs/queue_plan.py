@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from configs.keys import OneLineParser, error_context
 from data.shards import MissingShardsError
-from logs.run_log import end_with_parent, is_finished, read_header, say
+from logs.log_file import end_with_parent, is_finished, read_header
+from logs.run_log import say
 
 ROOT = Path(__file__).resolve().parent.parent
 # Runs of one experiment may differ in these keys.

@@ -18,7 +18,8 @@ from statistics import mean
 
 from configs.launch import Launcher, complain
 from configs.queue_plan import ROOT, Experiment, arrange, check_experiments, plan_with_data, read_options
-from logs.run_log import is_finished, last_line, plural, remove_leftover, say
+from logs.log_file import is_finished, last_line, plural, remove_leftover
+from logs.run_log import say
 from logs.status import QueueFile, problem, queue_path
 
 NOTIFY_S = 30  # a notification may take

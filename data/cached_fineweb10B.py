@@ -24,7 +24,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 
 from data.shards import FINEWEB_FOLDER, FINEWEB_SHARDS, HEADER_BYTES, num_batches, shard_number
-from logs.run_log import plural
+from logs.log_file import plural
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 ENDPOINT = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from logs.run_log import plural
+from logs.log_file import plural
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 WHOLLY_CHECKED_TOKENS = 2**23  # in shards up to this size every token id is checked

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from logs.run_log import RunLog, end_with_parent
+from logs.log_file import end_with_parent
+from logs.run_log import RunLog
 
 Result = TypeVar("Result")
 

@@ -16,8 +16,9 @@ from configs.keys import error_context
 from data.batches import next_batch
 from data.shards import Shard, open_shards
 from logs import checkpoint
+from logs.log_file import checkpoint_path, here_and_now, log_path
 from logs.ranks import Diverged
-from logs.run_log import RunLog, checkpoint_path, here_and_now, log_path, open_log
+from logs.run_log import RunLog, open_log
 
 MAY_CHANGE = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout"}  # in an interrupted run
 

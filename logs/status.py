@@ -19,7 +19,7 @@ from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from logs.run_log import is_finished, last_line
+from logs.log_file import is_finished, last_line
 
 FOLDER = Path(__file__).resolve().parent
 COLUMNS = 60

@@ -11,7 +11,7 @@ from helpers import start_trainer, val_losses, weights_and_states
 
 import train_gpt_medium as train
 from data.batches import train_batches
-from logs import checkpoint, run_log
+from logs import checkpoint, log_file
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
@@ -127,7 +127,7 @@ def test_the_final_weights_have_the_published_form_and_can_be_started_from(run_m
     folder = tmp_path / "logs" / "small"
     assert run_main(small_config(save_checkpoint=True, **keys)) == 0
     final = torch.load(folder / "000.ckpt", weights_only=True)
-    assert (final["step"], final["code"]) == (2, run_log.read_header(folder / "000.txt")[0])
+    assert (final["step"], final["code"]) == (2, log_file.read_header(folder / "000.txt")[0])
     assert set(final["model"]) == {"_orig_mod." + name for name in golden_weights(BASELINE, 128, 256, gate=True)}
     assert run_main(small_config(init_from=f"{folder}/000.ckpt", **keys)) == 0
     first, second = (val_losses((folder / name).read_text()) for name in ("000.txt", "001.txt"))
@@ -254,7 +254,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(resume, run_main):
     assert run("--description", "other words", "--step_timeout", 50) == (0, "")
     text = (folder / "000.txt").read_text()
     assert val_losses(text) == undisturbed and list(undisturbed) == [0, 5] and "resumed at step 3 after" in text
-    assert run_log.is_finished(folder / "000.txt") and [path.name for path in folder.iterdir()] == ["000.txt"]
+    assert log_file.is_finished(folder / "000.txt") and [path.name for path in folder.iterdir()] == ["000.txt"]
 
 
 def change_state(**changes):

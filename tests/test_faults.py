@@ -18,7 +18,7 @@ from faults import Ranks
 from helpers import ROOT, TRAIN_LINE, VAL_LINE, write_config
 
 from logs import machine, run_log
-from logs.run_log import is_finished, last_line
+from logs.log_file import is_finished, last_line
 
 STEPS = 10
 RUN = ["--run_id", 0, "--checkpoint_every", 3]

@@ -8,7 +8,8 @@ import pytest
 from helpers import TRAIN_LINE, VAL_LINE
 
 from logs import run_log
-from logs.run_log import RULE, RunLog, is_finished, last_line, log_path, open_log, read_header, train_line, val_line
+from logs.log_file import RULE, is_finished, last_line, log_path, read_header
+from logs.run_log import RunLog, open_log, train_line, val_line
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from helpers import ROOT, TRAIN_LINE, VAL_LINE
 
 from configs import launch
 from logs import status
-from logs.run_log import is_finished
+from logs.log_file import is_finished
 
 FAKE = [sys.executable, str(ROOT / "tests" / "fake_training.py")]
 

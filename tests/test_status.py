@@ -98,7 +98,7 @@ def test_no_package_is_needed(tmp_path):
     """Python without its installed packages, started from another folder."""
     logs = tmp_path / "logs"
     logs.mkdir()
-    for module in ("__init__.py", "run_log.py", "status.py"):
+    for module in ("__init__.py", "log_file.py", "status.py"):
         shutil.copy(ROOT / "logs" / module, logs)
     write_log(logs, "one/000", f"{STEPS}ended: 2026-11-24 18:30:01 on node-1: out of memory\n")
     command = [sys.executable, "-S", "-E", str(logs / "status.py")]

@@ -12,7 +12,7 @@ from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_los
 
 import train_gpt_medium as train
 from data.batches import train_batches
-from logs import checkpoint, machine, ranks, run_log
+from logs import checkpoint, log_file, machine, ranks, run_log
 
 
 def train_to_end(trainer, path, signals=(), code="the program"):
@@ -188,14 +188,14 @@ def finished_run(run_main, small_data, tmp_path_factory):
 def test_the_log_begins_with_program_and_resolved_configuration(finished_run, tmp_path):
     keys, text = finished_run
     (tmp_path / "log.txt").write_text(text)
-    code, configuration = run_log.read_header(tmp_path / "log.txt")
+    code, configuration = log_file.read_header(tmp_path / "log.txt")
     assert code == machine.program_text().rstrip("\n")
     assert configuration == vars(train.Hyperparameters()) | keys | dict(seed=5, run_id=0, sequences_per_step=2)
 
 
 def test_the_log_names_the_environment_and_draws_the_map(finished_run):
     hp, text = train.Hyperparameters(vocab_size=256, num_heads=1, model_dim=128), finished_run[1]
-    environment = text.split(f"{run_log.RULE}\n")[2]
+    environment = text.split(f"{log_file.RULE}\n")[2]
     assert f"Running PyTorch {torch.__version__}" in environment and "device: 1 rank, CPU" in environment
     assert train.describe_run(hp) in environment
 
@@ -214,7 +214,7 @@ def test_the_log_ends_with_peak_memory_and_how_it_ended(finished_run):
 def test_run_ids_count_up_and_are_the_seed(run_main, small_config, tmp_path):
     config = small_config(num_iterations=1, sequences_per_step=1, val_tokens=256, val_loss_every=0)
     assert [run_main(config, "--seed", 9), run_main(config)] == [0, 0]
-    found = [run_log.read_header(tmp_path / f"logs/small/{number:03d}.txt")[1] for number in (0, 1)]
+    found = [log_file.read_header(tmp_path / f"logs/small/{number:03d}.txt")[1] for number in (0, 1)]
     assert [(configuration["run_id"], configuration["seed"]) for configuration in found] == [(0, 9), (1, 1)]
 
 
