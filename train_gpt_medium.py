@@ -49,6 +49,7 @@ from data.shards import open_shards
 from logs import checkpoint, log_file, machine, ranks, run_log
 from logs.log_file import log_path, plural
 from logs.resume import Run, begin_log, claim, save
+from logs.weights import read_weights
 
 # -----------------------------------------------------------------------------
 # Architecture: what no config changes
@@ -651,7 +652,7 @@ class Trainer:
         if device.type == "cuda":
             self.model.use_bf16()
         if hp.init_from:
-            self.model.load_state_dict(checkpoint.read_weights(hp.init_from, self.model))
+            self.model.load_state_dict(read_weights(hp.init_from, self.model))
         for p in self.model.parameters():
             dist.broadcast(p.detach(), 0)
         # Opened once, so that data replaced during a run do not change it.

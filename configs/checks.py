@@ -14,8 +14,8 @@ from torch import nn
 
 from configs.keys import error_context
 from data.shards import check_stream, fineweb_shards_needed
-from logs.checkpoint import read_weights
 from logs.log_file import plural
+from logs.weights import read_weights
 
 HEAD_DIM = 128
 

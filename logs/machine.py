@@ -15,7 +15,7 @@ from logs.log_file import plural
 # All that decides numbers; a log begins with it, and an interrupted run does not go on with another.
 PROGRAM = ("train_gpt_medium.py", "configs/checks.py", "configs/keys.py", "data/batches.py", "data/shards.py",
            "logs/checkpoint.py", "logs/log_file.py", "logs/machine.py", "logs/ranks.py", "logs/resume.py",
-           "logs/run_log.py")
+           "logs/run_log.py", "logs/weights.py")
 
 
 def program_text() -> str:

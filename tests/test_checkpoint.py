@@ -11,7 +11,7 @@ from helpers import start_trainer, val_losses, weights_and_states
 
 import train_gpt_medium as train
 from data.batches import train_batches
-from logs import checkpoint, log_file
+from logs import checkpoint, log_file, weights
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
@@ -59,7 +59,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path, mon
 
 def read(path, content, **save_options):
     torch.save(content, path, **save_options)
-    return checkpoint.read_weights(str(path), train.model_on_meta(HP))
+    return weights.read_weights(str(path), train.model_on_meta(HP))
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
@@ -106,7 +106,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, complaint):
 def test_a_file_that_is_no_checkpoint(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path}/a.pt: not a checkpoint that can be read safely"):
-        checkpoint.read_weights(str(tmp_path / "a.pt"), train.model_on_meta(HP))
+        weights.read_weights(str(tmp_path / "a.pt"), train.model_on_meta(HP))
 
 
 class RunsCode:
