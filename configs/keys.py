@@ -149,12 +149,11 @@ def parse_command_line(cls: type, arguments: Sequence[str], about: str) -> tuple
     options, unknown = parser.parse_known_args(arguments)
     given = vars(options)
     configs, only_check = given.pop("configs"), given.pop("check")
-    words = [str(path) for path in configs if path.suffix != ".toml"]
-    if words := words + [word for word in unknown if not word.startswith("-")]:
-        raise ValueError(f"unexpected argument {words[0]}: a config ends in .toml, a key is set with --KEY VALUE; "
-                         "quote a VALUE with brackets, spaces or *")
-    if unknown:
+    if unknown and unknown[0].startswith("-"):
         option = unknown[0].partition("=")[0]
         similar = nearest(option.lstrip("-"), [f.name for f in fields(cls)])
         raise ValueError(f"{option}: unknown key; the nearest known one is --{similar}")
+    if words := [str(path) for path in configs if path.suffix != ".toml"] + unknown:
+        raise ValueError(f"unexpected argument {words[0]}: a config ends in .toml, a key is set with --KEY VALUE; "
+                         "quote a VALUE with brackets, spaces or *")
     return configs, given, only_check

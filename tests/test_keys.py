@@ -48,7 +48,7 @@ BAD_KEYS = [
     ("seed", -1, "at least 0"),
     ("value_embedding_std", -0.1, "at least 0"),
     ("value_embedding_lr", -0.1, "at least 0"),
-    ("train_seq_len", 1000, "not a multiple of 128", "896 or 1024"),
+    ("train_seq_len", 1000, "not a multiple of 128", "use 1024"),
     ("val_seq_len", 100, "not a multiple of 128", "use 128"),
     ("value_embeddings", "0", "a list of lists of integers", '"0"'),
     ("value_embeddings", [0, 13], "a list of layers", "write [[0, 13]]"),
