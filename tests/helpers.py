@@ -65,7 +65,9 @@ def relative_error(actual, reference):
 
 
 def weights_and_states(trainer):
-    """Copies of a trainer's weights and of its optimizers' states."""
-    states = [tensor for optimizer in trainer.optimizers for state in optimizer.state.values()
-              for tensor in state.values()]
-    return [tensor.clone() for tensor in (*trainer.raw_model.state_dict().values(), *states)]
+    """Copies of a trainer's weights, each with its optimizer's states, in the order of their names."""
+    tensors = []
+    for _, p in sorted(trainer.model.named_parameters()):
+        states = [optimizer.state[p] for optimizer in trainer.optimizers if p in optimizer.state]
+        tensors += [p.detach(), *(tensor for state in states for _, tensor in sorted(state.items()))]
+    return [tensor.clone() for tensor in tensors]

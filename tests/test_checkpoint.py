@@ -12,6 +12,7 @@ from helpers import start_trainer, val_losses, weights_and_states
 import train_gpt_medium as train
 from data.batches import train_batches
 from logs import checkpoint, log_file, weights
+from logs.resume import MAY_CHANGE
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
@@ -171,14 +172,14 @@ def as_on_a_gpu(model, adamw, muon):
 
 @pytest.mark.parametrize("is_bf16", [False, True])
 def test_restore_is_the_inverse_of_copy_state_to_the_bit(trainer, small_config, tmp_path, is_bf16):
-    parts = trainer.raw_model, *trainer.optimizers
+    parts = trainer.model, *trainer.optimizers
     if is_bf16:
         as_on_a_gpu(*parts)
     checkpoint.write(tmp_path / "a.ckpt", checkpoint.copy_state(*parts))
     other = start_trainer(tmp_path / "small.toml", seed=1)
     if is_bf16:
-        other.raw_model.use_bf16()
-    checkpoint.restore(checkpoint.load(tmp_path / "a.ckpt"), other.raw_model, *other.optimizers)
+        other.model.use_bf16()
+    checkpoint.restore(checkpoint.load(tmp_path / "a.ckpt"), other.model, *other.optimizers)
     expected, restored = weights_and_states(trainer), weights_and_states(other)
     assert [x.dtype for x in expected] == [x.dtype for x in restored] and len(expected) > 100
     assert all(torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
@@ -186,31 +187,31 @@ def test_restore_is_the_inverse_of_copy_state_to_the_bit(trainer, small_config, 
 
 
 def test_a_restored_trainer_goes_on_as_the_first_would_have(trainer, tmp_path):
-    state = checkpoint.copy_state(trainer.raw_model, *trainer.optimizers)
+    state = checkpoint.copy_state(trainer.model, *trainer.optimizers)
     take_steps(trainer, 3, 4)
     other = start_trainer(tmp_path / "small.toml", seed=1)
-    checkpoint.restore(state, other.raw_model, *other.optimizers)
+    checkpoint.restore(state, other.model, *other.optimizers)
     take_steps(other, 3, 4)
     assert all(map(torch.equal, weights_and_states(trainer), weights_and_states(other)))
 
 
 def test_a_copied_state_does_not_change_with_the_weights(trainer):
-    state = checkpoint.copy_state(trainer.raw_model, *trainer.optimizers)
-    expected = trainer.raw_model.scalars.detach().clone()
-    trainer.raw_model.scalars.data.add_(1)
+    state = checkpoint.copy_state(trainer.model, *trainer.optimizers)
+    expected = trainer.model.scalars.detach().clone()
+    trainer.model.scalars.data.add_(1)
     assert torch.equal(state["model"]["_orig_mod.scalars"], expected)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("spoil", [
-    lambda trainer: trainer.raw_model.scalars.data,
-    lambda trainer: trainer.optimizers[0].state[trainer.raw_model.scalars]["exp_avg_sq"],
-    lambda trainer: trainer.optimizers[1].state[trainer.raw_model.blocks[3].mlp.fc_w]["momentum_buffer"],
+    lambda trainer: trainer.model.scalars.data,
+    lambda trainer: trainer.optimizers[0].state[trainer.model.scalars]["exp_avg_sq"],
+    lambda trainer: trainer.optimizers[1].state[trainer.model.blocks[3].mlp.fc_w]["momentum_buffer"],
 ], ids=["weight", "AdamW", "Muon"])
 def test_a_state_that_is_not_finite_is_no_checkpoint(trainer, bad, spoil):
-    assert checkpoint.is_finite_everywhere(trainer.raw_model, trainer.optimizers)
+    assert checkpoint.is_finite_everywhere(trainer.model, trainer.optimizers)
     spoil(trainer).view(-1)[5] = bad
-    assert not checkpoint.is_finite_everywhere(trainer.raw_model, trainer.optimizers)
+    assert not checkpoint.is_finite_everywhere(trainer.model, trainer.optimizers)
 
 
 # -----------------------------------------------------------------------------
@@ -236,13 +237,13 @@ def interrupted(run_main, small_data, tmp_path_factory):
 
 
 @pytest.fixture
-def resume(interrupted, run_main, capsys, tmp_path):
+def resume(interrupted, run_main, capfd, tmp_path):
     """Starts a copy of the interrupted run again: (its folder, a function that returns status and standard error)."""
     shutil.copytree(interrupted, tmp_path / "run")
 
     def run(*options):
         status = run_main(tmp_path / "run" / "small.toml", "--log_dir", tmp_path / "run", "--run_id", 0, *options)
-        return status, capsys.readouterr().err
+        return status, capfd.readouterr().err
 
     return tmp_path / "run" / "small", run
 
@@ -316,7 +317,7 @@ def test_what_must_be_equal_is_named_where_it_differs(interrupted, tmp_path, key
 def test_what_must_be_equal_is_all_but_what_may_change(interrupted, process_group):
     state = checkpoint.load(interrupted / "small" / "000.resume.ckpt")
     assert set(json.loads(state["must_equal"])) == {
-        "program text", "device", "next batch", *(set(vars(HP)) - train.MAY_CHANGE)}
+        "program text", "device", "next batch", *(set(vars(HP)) - MAY_CHANGE)}
     assert (state["step"], state["train_time_ms"] > 0, json.loads(state["must_equal"])["next batch"]) == (
         3, True, ["s_train_000001.bin", 384])
 

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_los
 import train_gpt_medium as train
 from data.batches import train_batches
 from logs import checkpoint, log_file, machine, ranks, run_log
+from logs.resume import Run
 
 
 def train_to_end(trainer, path, signals=(), code="the program"):
@@ -20,7 +22,8 @@ def train_to_end(trainer, path, signals=(), code="the program"):
     signals = iter(signals)
     stop = SimpleNamespace(agreed=lambda: next(signals, 0))
     try:
-        train.train(trainer, run_log.RunLog(path), stop, code, first_step=0, time_ms=0.0)
+        run = Run(Path("small.toml"), trainer.hp, trainer.device, code, run_log.RunLog(path))
+        train.train(trainer, run, stop, first_step=0, time_ms=0.0)
     finally:
         text = path.read_text()
     return text
@@ -33,8 +36,8 @@ def train_to_end(trainer, path, signals=(), code="the program"):
 def test_accumulated_gradients_are_the_mean_over_the_sequences(small_config, process_group):
     """Four sequences of one rank give the gradient of their mean loss."""
     trainer = start_trainer(small_config())
-    table = trainer.raw_model.value_embeds[0].weight
-    trainer.raw_model.load_state_dict(golden_weights([[0, 13], [1, 14], [2, 15]], 128, 256))
+    table = trainer.model.value_embeds[0].weight
+    trainer.model.load_state_dict(golden_weights([[0, 13], [1, 14], [2, 15]], 128, 256))
     inputs, targets = next(train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device))
     losses = [trainer.model(*sequence, trainer.window(0)) for sequence in zip(inputs, targets)]
     expected = torch.autograd.grad(torch.stack(losses).mean(), table)[0]
@@ -46,14 +49,14 @@ def test_accumulated_gradients_are_the_mean_over_the_sequences(small_config, pro
 
 def test_a_parameter_without_a_gradient_is_named(small_config, process_group):
     trainer = start_trainer(small_config(sequences_per_step=1))
-    trainer.raw_model.tables_of = [[k for k in tables if k != 1] for tables in trainer.raw_model.tables_of]
+    trainer.model.tables_of = [[k for k in tables if k != 1] for tables in trainer.model.tables_of]
     batch = next(train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device))
     with pytest.raises(ValueError, match="parameter value_embeds.1.weight got no gradient: .* use it in GPT.forward"):
         trainer.train_step(0, *batch)
 
 
 def test_runs_of_one_seed_are_equal_and_of_another_differ(small_config, process_group):
-    weights = [start_trainer(small_config(), seed=seed).raw_model.embed.weight for seed in (3, 3, 4)]
+    weights = [start_trainer(small_config(), seed=seed).model.embed.weight for seed in (3, 3, 4)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -76,7 +79,7 @@ def test_warm_up_leaves_no_trace(small_config, process_group):
 
 def test_the_warm_up_runs_training_and_validation(small_config, process_group):
     trainer, seen = start_trainer(small_config(), warmup_steps=2), []
-    trainer.raw_model.register_forward_hook(lambda module, args, loss: seen.append((len(args[0]), loss.requires_grad)))
+    trainer.model.register_forward_hook(lambda module, args, loss: seen.append((len(args[0]), loss.requires_grad)))
     trainer.warm_up()
     assert seen == [(128, True)] * 8 + [(256, False)]
 
@@ -151,7 +154,7 @@ def test_a_validation_loss_that_is_no_number_ends_a_run(trainer, tmp_path, loss)
 def test_weights_that_are_no_numbers_end_a_run_and_leave_the_checkpoint_before(trainer, tmp_path):
     change(trainer, checkpoint_every=2)
     spoil = iter([0.0, 0.0, 0.0, math.nan])
-    trainer.train_step = lambda *_: trainer.raw_model.scalars.data.add_(next(spoil))
+    trainer.train_step = lambda *_: trainer.model.scalars.data.add_(next(spoil))
     with pytest.raises(ranks.Diverged, match="diverged at step 4: a weight or an optimizer state is not finite"):
         train_to_end(trainer, tmp_path / "log.txt")
     assert [event for event in trainer.events if "checkpoint" in event] == ["checkpoint 2"]
@@ -189,7 +192,7 @@ def test_the_log_begins_with_program_and_resolved_configuration(finished_run, tm
     keys, text = finished_run
     (tmp_path / "log.txt").write_text(text)
     code, configuration = log_file.read_header(tmp_path / "log.txt")
-    assert code == machine.program_text().rstrip("\n")
+    assert code == machine.program_text()
     assert configuration == vars(train.Hyperparameters()) | keys | dict(seed=5, run_id=0, sequences_per_step=2)
 
 
