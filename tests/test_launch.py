@@ -15,7 +15,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments, fragment", [
     (["configs/nowhere.toml"], "no such file"),
-    (["configs/baseline.toml", "--num_iteration", "5"], "num_iterations"),
+    (["configs/baseline.toml", "--num_iteration=5"], "num_iterations"),
     (["configs/baseline.toml", "--train_files", "nowhere/*.bin", "--check"], "no file matches nowhere/*.bin"),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments, fragment):
