@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from helpers import start_trainer, val_losses, weights_and_states
 import train_gpt_medium as train
 from data.batches import train_batches
 from logs import checkpoint, log_file, weights
-from logs.resume import MAY_CHANGE
+from logs.resume import MAY_CHANGE, Run, must_equal
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
@@ -124,7 +123,7 @@ def test_a_checkpoint_that_would_run_code_or_has_no_weights(tmp_path, content):
 
 
 def test_the_final_weights_have_the_published_form_and_can_be_started_from(run_main, small_config, tmp_path):
-    keys = dict(val_seq_len=128, num_iterations=2, value_embedding_gate=True)
+    keys = dict(val_seq_len=128, val_tokens=256, sequences_per_step=1, num_iterations=2, value_embedding_gate=True)
     folder = tmp_path / "logs" / "small"
     assert run_main(small_config(save_checkpoint=True, **keys)) == 0
     final = torch.load(folder / "000.ckpt", weights_only=True)
@@ -142,9 +141,10 @@ def test_the_final_weights_have_the_published_form_and_can_be_started_from(run_m
 
 @pytest.fixture
 def trainer(small_config, process_group):
-    """A trainer of three steps with gates and several tables."""
-    trainer = start_trainer(small_config(value_embeddings=[*BASELINE, [0, 15]], value_embedding_gate=True))
-    take_steps(trainer, 0, 3)
+    """A trainer with gates and several tables, after its first step."""
+    keys = dict(value_embeddings=[*BASELINE, [0, 15]], value_embedding_gate=True, sequences_per_step=1)
+    trainer = start_trainer(small_config(**keys))
+    take_steps(trainer, 0, 1)
     return trainer
 
 
@@ -171,7 +171,7 @@ def as_on_a_gpu(model, adamw, muon):
 
 
 @pytest.mark.parametrize("is_bf16", [False, True])
-def test_restore_is_the_inverse_of_copy_state_to_the_bit(trainer, small_config, tmp_path, is_bf16):
+def test_restore_is_the_inverse_of_copy_state_to_the_bit(trainer, tmp_path, is_bf16):
     parts = trainer.model, *trainer.optimizers
     if is_bf16:
         as_on_a_gpu(*parts)
@@ -188,10 +188,10 @@ def test_restore_is_the_inverse_of_copy_state_to_the_bit(trainer, small_config, 
 
 def test_a_restored_trainer_goes_on_as_the_first_would_have(trainer, tmp_path):
     state = checkpoint.copy_state(trainer.model, *trainer.optimizers)
-    take_steps(trainer, 3, 4)
+    take_steps(trainer, 1, 2)
     other = start_trainer(tmp_path / "small.toml", seed=1)
     checkpoint.restore(state, other.model, *other.optimizers)
-    take_steps(other, 3, 4)
+    take_steps(other, 1, 2)
     assert all(map(torch.equal, weights_and_states(trainer), weights_and_states(other)))
 
 
@@ -215,112 +215,41 @@ def test_a_state_that_is_not_finite_is_no_checkpoint(trainer, bad, spoil):
 
 
 # -----------------------------------------------------------------------------
-# What a run goes on from
+# What a run goes on from; that a damaged or another run is refused in one line, test_faults.py shows
 
 
-@pytest.fixture(scope="module")
-def interrupted(run_main, small_data, tmp_path_factory):
-    """The folder of a run that was interrupted after its checkpoint of step 3; its config is small.toml in it."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    keys = dict(train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin", vocab_size=256,
-                num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256, val_tokens=256, sequences_per_step=1,
-                num_iterations=5, warmup_steps=0, checkpoint_every=3, log_dir=str(folder))
-    (folder / "small.toml").write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in keys.items()))
-
-    def killed(*_):
-        raise SystemExit(9)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.machine, "peak_memory", killed)
-        assert run_main(folder / "small.toml", "--run_id", 0) == 1
-    return folder
-
-
-@pytest.fixture
-def resume(interrupted, run_main, capfd, tmp_path):
-    """Starts a copy of the interrupted run again: (its folder, a function that returns status and standard error)."""
-    shutil.copytree(interrupted, tmp_path / "run")
-
-    def run(*options):
-        status = run_main(tmp_path / "run" / "small.toml", "--log_dir", tmp_path / "run", "--run_id", 0, *options)
-        return status, capfd.readouterr().err
-
-    return tmp_path / "run" / "small", run
-
-
-def test_an_interrupted_run_ends_as_an_undisturbed_one(resume, run_main):
-    folder, run = resume
-    undisturbed = val_losses((folder / "000.txt").read_text())
-    (folder / "000.txt").open("a").write("step:4/5 torn")
-    assert run("--description", "other words", "--step_timeout", 50) == (0, "")
-    text = (folder / "000.txt").read_text()
-    assert val_losses(text) == undisturbed and list(undisturbed) == [0, 5] and "resumed at step 3 after" in text
-    assert log_file.is_finished(folder / "000.txt") and [path.name for path in folder.iterdir()] == ["000.txt"]
-
-
-def change_state(**changes):
-    def change(data, path):
-        torch.save(torch.load(path, weights_only=True) | changes, path)
-
-    return change
-
-
-def change_bytes(change):
-    return lambda data, path: path.write_bytes(change(data))
-
-
-NOT_WHOLE = "not a checkpoint that a run can go on from"
-
-
-@pytest.mark.parametrize("damage, options, complaint", [
-    (change_bytes(lambda data: data[: len(data) // 2]), [], NOT_WHOLE),
-    (change_bytes(lambda data: data[:-1]), [], NOT_WHOLE),
-    (change_bytes(lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]),
-     [], NOT_WHOLE),
-    (change_bytes(lambda data: b""), [], NOT_WHOLE),
-    (change_bytes(lambda data: b"no checkpoint"), [], NOT_WHOLE),
-    (lambda data, path: torch.save(RunsCode(), path), [], NOT_WHOLE),
-    (lambda data, path: torch.save({"step": 3}, path), [], NOT_WHOLE),
-    (lambda data, path: (path.unlink(), path.symlink_to("/nowhere")), [], NOT_WHOLE),
-    (change_state(log_bytes=10**9), [], "shorter than at its checkpoint"),
-    (None, ["--num_iterations", "6"], "num_iterations was 5 and is 6; set that back, or move it"),
-    (None, ["--seed", "7"], "seed was 0 and is 7"),
-    (None, ["--value_embedding_gate", "true"], "value_embedding_gate was false and is true"),
-    (None, ["--value_embeddings", "[]"], "value_embeddings was [[0, 13], [1, 14], [2, 15]] and is []"),
+@pytest.mark.parametrize("theirs, ours, shown", [
+    ({"seed": 0}, {"seed": 7}, "seed was 0 and is 7"),
+    ({"scale": "", "map": [[0]]}, {"scale": "tiny", "map": []}, 'scale was "" and is "tiny", map was [[0]] and is []'),
+    ({"program text": "x\n" * 200}, {"program text": "y"}, "program text has changed"),
+    ({"a key of another version": 1}, {}, "a key of another version was 1 and is null"),
+    ({}, {"a new key": True}, "a new key was null and is true"),
 ])
-def test_another_or_a_damaged_run_is_refused_and_nothing_is_changed(resume, damage, options, complaint):
-    folder, run = resume
-    path = folder / "000.resume.ckpt"
-    if damage is not None:
-        damage(path.read_bytes(), path)
-    before = (folder / "000.txt").read_bytes()
-    status, error = run(*options)
-    assert status == 2 and len(error.splitlines()) == 1 and complaint in error and "small.toml: run_id: " in error
-    assert (folder / "000.txt").read_bytes() == before and os.path.lexists(path)
-
-
-@pytest.mark.parametrize("key, theirs, shown", [
-    ("program text", "the program\n" * 100, "program text has changed"),
-    ("device", "cuda", 'device was "cuda" and is "cpu"'),
-    ("next batch", ["elsewhere.bin", 5], 'next batch was ["elsewhere.bin", 5] and is ["s_train_000001.bin", 384]'),
-    ("a key of another version", 1, "a key of another version was 1 and is null"),
-])
-def test_what_must_be_equal_is_named_where_it_differs(interrupted, tmp_path, key, theirs, shown):
+def test_what_differs_from_the_interrupted_run_is_named(tmp_path, theirs, ours, shown):
     path = tmp_path / "000.resume.ckpt"
-    state = checkpoint.load(interrupted / "small" / "000.resume.ckpt")
-    torch.save(state | dict(must_equal=json.dumps(json.loads(state["must_equal"]) | {key: theirs})), path)
+    checkpoint.write(path, dict(step=3, must_equal=json.dumps(theirs)))
+    assert checkpoint.read_interrupted(path, lambda step: theirs)["step"] == 3
     with pytest.raises(ValueError) as raised:
-        checkpoint.read_interrupted(path, lambda step: json.loads(state["must_equal"]))
+        checkpoint.read_interrupted(path, lambda step: ours)
     assert str(raised.value).startswith(f"{path}: this is not the run that was interrupted: {shown}; set that back, or")
 
 
-def test_what_must_be_equal_is_all_but_what_may_change(interrupted, process_group):
-    state = checkpoint.load(interrupted / "small" / "000.resume.ckpt")
-    assert set(json.loads(state["must_equal"])) == {
-        "program text", "device", "next batch", *(set(vars(HP)) - MAY_CHANGE)}
-    assert (state["step"], state["train_time_ms"] > 0, json.loads(state["must_equal"])["next batch"]) == (
-        3, True, ["s_train_000001.bin", 384])
+@pytest.mark.parametrize("make", [
+    lambda path: path.symlink_to("/nowhere"), lambda path: path.mkdir(), lambda path: torch.save({"step": 3}, path),
+    lambda path: torch.save([1, 2], path), lambda path: torch.save({"step": 3, "must_equal": "no JSON"}, path)])
+def test_what_is_no_such_checkpoint_is_refused(tmp_path, make):
+    make(tmp_path / "000.resume.ckpt")
+    with pytest.raises(ValueError, match="000.resume.ckpt: not a checkpoint that a run can go on from .*; move it"):
+        checkpoint.read_interrupted(tmp_path / "000.resume.ckpt", lambda step: {})
 
 
 def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(tmp_path):
     assert checkpoint.read_interrupted(tmp_path / "000.resume.ckpt", lambda step: {}) is None
+
+
+def test_all_but_what_may_change_must_be_equal(trainer):
+    run = Run(None, trainer.hp, trainer.device, "the program")
+    found = must_equal(run, trainer.train_shards, 1)
+    assert set(found) == {"program text", "device", "next batch", *(set(vars(HP)) - MAY_CHANGE)}
+    assert (found["program text"], found["device"], found["seed"]) == ("the program", "cpu", 0)
+    assert found["next batch"] == ["s_train_000001.bin", 128]

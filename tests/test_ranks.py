@@ -1,8 +1,7 @@
-"""logs/ranks.py: agreeing, signals and the end of a run, as one rank sees them. Several ranks: test_launch.py."""
+"""logs/ranks.py: agreeing, signals and the end of a run, as one rank sees them; of several, test_faults.py."""
 
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -85,26 +84,6 @@ def test_a_signal_is_known_to_all_a_step_after_it_was_sent(stop, number):
     assert stop.agreed() == 0
     signal.raise_signal(number)
     assert [stop.agreed(), stop.agreed()] == [0, number]
-
-
-def test_the_signal_of_another_rank_is_known_too(stop, monkeypatch):
-    def as_of_two_ranks(flag, op, async_op):
-        assert op == dist.ReduceOp.MAX and async_op
-        flag.fill_(15)
-        return SimpleNamespace(wait=lambda: None)
-
-    monkeypatch.setattr(dist, "all_reduce", as_of_two_ranks)
-    assert [stop.agreed(), stop.agreed()] == [0, 15]
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_a_second_signal_or_one_before_the_first_step_ends_a_run_at_once(stop, log, steps):
-    for _ in range(steps):
-        stop.agreed()
-        signal.raise_signal(signal.SIGINT)
-    with pytest.raises(Ended, match="130"):
-        signal.raise_signal(signal.SIGINT)
-    assert log.path.read_text().endswith(": ended at once by signal 2\n")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(stop, log):

@@ -1,6 +1,5 @@
 """The step, the loop and the log of a run. The golden trajectories are in test_golden.py."""
 
-import math
 import re
 import time
 from pathlib import Path
@@ -17,16 +16,11 @@ from logs import checkpoint, log_file, machine, ranks, run_log
 from logs.resume import Run
 
 
-def train_to_end(trainer, path, signals=(), code="the program"):
-    """Runs the loop from step 0, with the signal that the ranks agree on after each step; returns the log's text."""
-    signals = iter(signals)
-    stop = SimpleNamespace(agreed=lambda: next(signals, 0))
-    try:
-        run = Run(Path("small.toml"), trainer.hp, trainer.device, code, run_log.RunLog(path))
-        train.train(trainer, run, stop, first_step=0, time_ms=0.0)
-    finally:
-        text = path.read_text()
-    return text
+def train_to_end(trainer, path):
+    """Runs the loop from step 0, without signals; returns the log's text."""
+    run = Run(Path("small.toml"), trainer.hp, trainer.device, "the program", run_log.RunLog(path))
+    train.train(trainer, run, SimpleNamespace(agreed=lambda: 0), first_step=0, time_ms=0.0)
+    return path.read_text()
 
 
 # -----------------------------------------------------------------------------
@@ -131,46 +125,6 @@ def test_checkpoint_every(trainer, tmp_path, every, steps):
     assert [event for event in trainer.events if "checkpoint" in event] == [f"checkpoint {step}" for step in steps]
 
 
-@pytest.mark.parametrize("every, message, written", [
-    (1000, "stopped by signal 15, with a checkpoint; the same config and run_id go on from it", ["checkpoint 3"]),
-    (0, "stopped by signal 15, without a checkpoint, as checkpoint_every is 0", []),
-])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(trainer, tmp_path, every, message, written):
-    change(trainer, checkpoint_every=every)
-    with pytest.raises(ranks.Stopped, match=message):
-        train_to_end(trainer, tmp_path / "log.txt", signals=[0, 0, 15])
-    assert trainer.events.count("step") == 3
-    assert [event for event in trainer.events if "checkpoint" in event] == written
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_validation_loss_that_is_no_number_ends_a_run(trainer, tmp_path, loss):
-    trainer.validate = lambda step: loss
-    with pytest.raises(ranks.Diverged, match=f"diverged at step 6: the validation loss is {loss}"):
-        train_to_end(trainer, tmp_path / "log.txt")
-    assert f"step:6/6 val_loss:{loss} " in (tmp_path / "log.txt").read_text()
-
-
-def test_weights_that_are_no_numbers_end_a_run_and_leave_the_checkpoint_before(trainer, tmp_path):
-    change(trainer, checkpoint_every=2)
-    spoil = iter([0.0, 0.0, 0.0, math.nan])
-    trainer.train_step = lambda *_: trainer.model.scalars.data.add_(next(spoil))
-    with pytest.raises(ranks.Diverged, match="diverged at step 4: a weight or an optimizer state is not finite"):
-        train_to_end(trainer, tmp_path / "log.txt")
-    assert [event for event in trainer.events if "checkpoint" in event] == ["checkpoint 2"]
-
-
-def test_a_checkpoint_that_cannot_be_written_does_not_end_a_run(trainer, tmp_path, monkeypatch):
-    def full(path, state):
-        raise OSError(f"{path}: No space left on device")
-
-    change(trainer, checkpoint_every=4)
-    monkeypatch.setattr(checkpoint, "write", full)
-    text = train_to_end(trainer, tmp_path / "log.txt")
-    assert f"no checkpoint of step 4: {tmp_path}/log.resume.ckpt: No space left on device; an earlier one stays" in text
-    assert list(val_losses(text)) == [6]
-
-
 # -----------------------------------------------------------------------------
 # The log of a whole run
 
@@ -222,14 +176,11 @@ def test_run_ids_count_up_and_are_the_seed(run_main, small_config, tmp_path):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (["--run_id", 0], "run_id: {folder}/logs/small/000.txt is finished, and a log is never overwritten"),
     (["--log_dir", "{folder}/small.toml"], "log_dir: cannot write a log, set log_dir to a folder that you can write"),
     (["--log_dir", "{folder}/link"], "log_dir: cannot write a log"),
 ])
 def test_a_log_that_cannot_be_begun_is_a_mistake(run_main, small_config, tmp_path, capsys, options, complaint):
     """The link leads nowhere, as where a volume is not mounted."""
-    (tmp_path / "logs/small").mkdir(parents=True)
-    (tmp_path / "logs/small/000.txt").write_text("peak memory resident: 1 MiB\n")
     (tmp_path / "link").symlink_to("/nowhere")
     assert run_main(small_config(), *(str(option).format(folder=tmp_path) for option in options)) == 2
     errors = capsys.readouterr().err.splitlines()
