@@ -29,14 +29,19 @@ def start_process_group() -> None:
     differ reach the first collective minutes apart, and `allow_seconds` ends a hung rank.
     """
     allow_seconds(START_TIMEOUT_S)
+    timeout = timedelta(hours=1)
+    store, rank, world_size = dist.HashStore(), 0, 1
     if dist.is_torchelastic_launched():
         end_with_parent(signal.SIGKILL)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # A launcher that died before the line above no longer answers; the process group would wait for it.
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # A launcher that died before the line above no longer answers; the process group would wait for it.
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # Ranks that torchrun restarts would find their predecessors' addresses in the store, which is the same one
+        # (https://github.com/pytorch/pytorch/issues/135712).
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone = {} if dist.is_torchelastic_launched() else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def wait_for_all(device: torch.device) -> None:
