@@ -19,7 +19,7 @@ from logs.run_log import RunLog
 
 Result = TypeVar("Result")
 
-START_TIMEOUT_S = 1200  # without progress, before the first step is done: the compiler works then
+START_TIMEOUT_S = 1200  # without progress before the first step is done, while kernels compile
 
 
 def start_process_group() -> None:
@@ -105,7 +105,7 @@ def allow_seconds(seconds: float) -> None:
 
 
 class Diverged(Exception):
-    """A loss or a weight is no finite number any more. Every rank raises it; its message is for the user."""
+    """A loss, weight or optimizer state is NaN or infinite. Every rank raises it; its message is for the user."""
 
 
 class Stopped(Exception):
@@ -141,7 +141,7 @@ class StopFlag:
         self.signal = number
 
     def agreed(self) -> int:
-        """The signal that a rank had got when this was called before; 0 for none. Every rank calls it at each step."""
+        """The signal that any rank had received by the previous call; 0 for none. Every rank calls this once a step."""
         known = 0
         if self.sent is not None:
             self.sent.wait()
@@ -154,7 +154,7 @@ class StopFlag:
 def run_and_report(log: RunLog, run: Callable[..., None], *arguments: Any) -> int:
     """The exit status of `run(...)`; what ends it early is one line on standard error, and the log's last.
 
-    After an error the process ends here: the process group's farewell would wait for ranks that are gone.
+    After an error the process exits here, because destroying the process group would wait for ranks that are gone.
     """
     status, is_everyones = 1, False
     try:
