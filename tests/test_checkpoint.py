@@ -11,7 +11,8 @@ from helpers import start_trainer, val_losses, weights_and_states
 import train_gpt_medium as train
 from data.batches import train_batches
 from logs import checkpoint, log_file, weights
-from logs.log_file import BOOKKEEPING_KEYS, Run, must_equal
+from logs.log_file import BOOKKEEPING_KEYS
+from logs.resume import Run, must_equal
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
