@@ -156,8 +156,7 @@ def write_csv(configurations: dict[str, list[Run]]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Raises ValueError if options mean nothing or do not fit together."""
-    text = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(description=__doc__, allow_abbrev=False, formatter_class=text)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", type=Path)
     add("--target", type=float, default=2.92, metavar="LOSS", help="validation loss to reach (default 2.92)")

@@ -95,8 +95,7 @@ def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
         depths = {f: n for f, n in files.items() if f.suffix in (".txt", ".log") and f.name != "requirements.txt"}
         near = [log for log, depth in depths.items() if depth == min(depths.values())]
         for log in near:
-            key = next((key for key, logs in found.items() if log in logs), log.parent if path.is_dir() else log)
-            found[key].add(log)
+            found[next((k for k, logs in found.items() if log in logs), log.parent if path.is_dir() else log)].add(log)
         without += [] if near else [str(given) if path.exists() else f"{given} (no such file)"]
         if len(near) < len(depths):
             notes.append(f"{given}: {len(depths) - len(near)} logs in deeper folders left out; name their folder")
