@@ -20,6 +20,7 @@ part that fails does not stop the others; the exit status is then 1.
 """
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
@@ -453,6 +454,7 @@ def main() -> int:
         bench = Bench(Path(folder))
         print(f"{bench.machine}\n| part | plain ms | candidates ms | ratio | floor ms |")
         for part in arguments.parts or list(MEASURES)[:-2]:
+            faulthandler.cancel_dump_traceback_later()  # the timer of start_process_group or of a step: no step follows
             try:
                 MEASURES[part](bench)
             except Exception:
