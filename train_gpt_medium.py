@@ -27,7 +27,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -177,7 +177,7 @@ def clip_to_window(blocks: SeenBlocks, window: Tensor) -> SeenBlocks:
 def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and, row by row, lists of the columns that are true in `blocks` (rows, columns), for FlexAttention.
 
-    By counting, not by a sort, which takes as long to compile as a kind of block.
+    Counted, not sorted: compiling a sort takes as long as compiling one of the model's Transformer blocks.
     """
     place = nearness(blocks)
     column = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device).expand_as(place)
@@ -240,6 +240,16 @@ def init_(w: Tensor) -> None:
     nn.init.uniform_(w, -bound, bound)
 
 
+def add_up(*tensors: Tensor) -> Tensor:
+    """The sum of the tensors."""
+    return sum(tensors[1:], tensors[0])
+
+
+@lru_cache(maxsize=1)
+def compiled_add_up() -> Callable[..., Tensor]:
+    return torch.compile(add_up, dynamic=False)
+
+
 class Rotary(nn.Module):
     """Rotary position embedding (RoFormer, https://arxiv.org/abs/2104.09864); half of the frequencies are 0."""
 
@@ -264,15 +274,15 @@ class CausalSelfAttention(nn.Module):
         self.num_heads = num_heads
         self.qkvo_w = nn.Parameter(torch.zeros(4, model_dim, model_dim))  # query, key, value, output: (4, d, d)
         init_(self.qkvo_w[:3])
-        if is_gated:
-            self.ve_gate_w = nn.Parameter(torch.zeros(num_heads, GATE_DIM))  # (H, 16)
+        self.ve_gate_w = nn.Parameter(torch.zeros(num_heads, GATE_DIM)) if is_gated else None  # (H, 16)
 
     def forward(self, x: Tensor, rows: list[Tensor], lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
         """x (T, d), the rows (T, d) of each of the layer's tables, lambdas of v and of each table -> (T, d)."""
         qkv = F.linear(x, self.qkvo_w[:3].flatten(end_dim=1)).view(1, len(x), 3, self.num_heads, HEAD_DIM)
         q, k, v = qkv.unbind(dim=2)  # (1, T, heads, head_dim) each
         q, k = rotary(norm(q)), rotary(norm(k))
-        # One a token and head, (1, T, heads, 1) each, so that their gradients are added up where the norm's are.
+        # Expanded to (1, T, heads, 1) so that their gradients are summed in the kernel that has the norm's. It makes v
+        # fp32 until the cast below: one rounding to bf16, where 0-dimensional lambdas would give several.
         weight, *table_weights = lambdas.expand(*v.shape[:-1], 1, -1).unbind(-1)
         v = weight * norm(v)
         if rows:
@@ -282,8 +292,8 @@ class CausalSelfAttention(nn.Module):
 
     def value_embedding(self, x: Tensor, weighted_rows: list[Tensor]) -> Tensor:
         """What is added to v, (1, T, heads, head_dim): the sum of the rows, times a gate in (0, 2) for each head."""
-        total = sum(weighted_rows[1:], weighted_rows[0])
-        if not hasattr(self, "ve_gate_w"):
+        total = add_up(*weighted_rows)
+        if self.ve_gate_w is None:
             return total
         return 2 * torch.sigmoid(F.linear(norm(x)[:, :GATE_DIM], self.ve_gate_w))[..., None] * total
 
@@ -300,7 +310,9 @@ class ReluSquared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         root = ctx.saved_tensors[0].sqrt()
-        if root.dtype == torch.bfloat16:  # then it is relu(x) exactly; compiled code rounds only what is read as bits
+        if root.dtype == torch.bfloat16:
+            # Rounded to bf16 it is relu(x), exactly unless x**2 underflows (x < 1e-19). Compiled code rounds it only if
+            # something reads its bits; this reads them, and changes nothing.
             root = root.view(torch.int16).abs().view(torch.bfloat16)
         return grad * 2 * root
 
@@ -317,12 +329,8 @@ class MLP(nn.Module):
         return F.linear(ReluSquared.apply(F.linear(x, self.fc_w)), self.proj_w)
 
 
-def add_up(*tensors: Tensor) -> Tensor:
-    return sum(tensors[1:], tensors[0])
-
-
 class Share(torch.autograd.Function):
-    """A tensor for `count` readers, whose gradients are added up in one pass; autograd alone adds them one by one."""
+    """Hands a tensor to `count` readers and sums their gradients in one pass; autograd alone adds them one by one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -330,7 +338,7 @@ class Share(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return (torch.compile(add_up, dynamic=False) if grads[0].is_cuda else add_up)(*grads), None
+        return (compiled_add_up() if grads[0].is_cuda else add_up)(*grads), None
 
 
 class Block(nn.Module):
@@ -372,10 +380,10 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(nn.Embedding(hp.vocab_size, hp.model_dim) for _ in hp.value_embeddings)
         for table in self.value_embeds:  # (V, d) each
             table.weight.data.mul_(hp.value_embedding_std)
-        self.blocks = nn.ModuleList(
-            Block(layer, hp.value_embedding_gate and bool(tables), hp) for layer, tables in enumerate(self.tables_of))
+        is_gated = [hp.value_embedding_gate and bool(tables) for tables in self.tables_of]  # by layer
+        self.blocks = nn.ModuleList(Block(layer, is_gated[layer], hp) for layer in range(NUM_LAYERS))
         self.further = [max(0, len(tables) - 1) for tables in self.tables_of]  # uses beyond the first, by layer
-        self.attention_masks = attention_masks
+        self.attention_masks = attention_masks  # an attribute, so that compile_parts can replace it
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
         padded_vocab_size = -(-hp.vocab_size // 128) * 128
         self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
@@ -387,7 +395,7 @@ class GPT(nn.Module):
         ]))
 
     def use_bf16(self) -> None:
-        """Keep every matrix but the head in bf16, as on CUDA; activations follow the embedding."""
+        """Keep all parameters but head and scalars in bf16, for CUDA; activations take the embedding's dtype."""
         for module in (self.embed, self.value_embeds, self.blocks):
             module.bfloat16()
 
@@ -417,7 +425,7 @@ class GPT(nn.Module):
         Blocks of one kind share a program, which takes their parameters as inputs. Idea: regional compilation
         (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
         """
-        torch._dynamo.config.recompile_limit = 64  # each kind of block, for training and for validation
+        torch._dynamo.config.recompile_limit = 64  # Transformer blocks of each kind, for training and validation
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         self.attention_masks = torch.compile(attention_masks, dynamic=False, fullgraph=True)
@@ -442,7 +450,9 @@ def model_on_meta(hp: Hyperparameters) -> GPT:
 def describe_run(hp: Hyperparameters) -> str:
     """The map as a drawing and the number of parameters by part, for the user to look at before anything starts."""
     drawing = draw_map(tables_of_layers(hp.value_embeddings), notes={NO_ATTENTION_LAYER: "no attention"})
-    return f"{drawing}\n{count_parameters(model_on_meta(hp))}"
+    model = model_on_meta(hp)
+    make_optimizers(model, hp, rank=0, world_size=1)  # raises for a parameter in no optimizer, before anything starts
+    return f"{drawing}\n{count_parameters(model)}"
 
 
 # -----------------------------------------------------------------------------
@@ -458,9 +468,9 @@ NEWTON_SCHULZ_COEFFICIENTS = (
 
 
 def orthogonalize(u: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix to each u (..., rows, cols), roughly, by Newton-Schulz in u's dtype.
+    """Approximately the nearest semi-orthogonal matrix to each u (..., rows, cols), by five Newton-Schulz iterations.
 
-    Source: Muon (https://kellerjordan.github.io/posts/muon/), with coefficients of @YouJiacheng, a set an iteration.
+    Source: Muon (https://kellerjordan.github.io/posts/muon/), with @YouJiacheng's coefficients, a set an iteration.
     """
     wide = u.size(-2) <= u.size(-1)
     x = u if wide else u.mT
@@ -567,7 +577,8 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int)
         groups[matching[0]].append(p)
     adamw = torch.optim.AdamW([dict(params=groups[pattern], lr=lr) for pattern, lr in adamw_lr.items()],
                               betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = Muon([dict(params=groups[pattern], weight_decay=decay) for pattern, decay in muon_weight_decay.items()],
+    muon = Muon([dict(params=groups[pattern], weight_decay=decay) for pattern, decay in muon_weight_decay.items()
+                 if groups[pattern]],  # a parameter that a key adds is in no group while the key is off
                 lr=0.025, rank=rank, world_size=world_size)
     for group in adamw.param_groups + muon.param_groups:
         group["initial_lr"] = group["lr"]
@@ -598,11 +609,12 @@ def window_blocks(step: int, num_iterations: int) -> int:
 
 @lru_cache(maxsize=1)
 def window_tensor(blocks: int, device: torch.device) -> Tensor:
-    """The window as the model takes it; cached, because a copy to the GPU in every step would make it wait."""
+    """The window as a tensor on the device; cached, because a copy to the GPU at every step would make the CPU wait."""
     return torch.tensor(blocks, dtype=torch.int32, device=device)
 
 
 def set_schedules(optimizers: tuple[torch.optim.AdamW, Muon], step: int, hp: Hyperparameters) -> None:
+    """Set every group's learning rate, and Muon's momentum, for a step."""
     adamw, muon = optimizers
     for group in adamw.param_groups + muon.param_groups:
         group["lr"] = group["initial_lr"] * lr_scale(step, hp.num_iterations, hp.cooldown_frac)
@@ -725,7 +737,9 @@ class Trainer:
 
 
 def train(trainer: Trainer, run: Run, stop: ranks.StopFlag, first_step: int, time_ms: float) -> None:
-    """Validate and train from `first_step` on, step by step; the clock, at `time_ms`, runs over training only.
+    """Validate and train from `first_step` on, with the clock starting at `time_ms`.
+
+    Timed: steps, the wait for their data, log lines, the exchange of signals. Not timed: validations and checkpoints.
 
     Raises Diverged if a loss, weight or optimizer state is not finite, Stopped after a signal.
     """
@@ -814,7 +828,7 @@ def carry_out(run: Run) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check, then run. Returns the exit status; a user's mistake is printed and exits with status 2."""
+    """Check, then run. Returns the exit status; for a user's mistake, prints it and exits with status 2."""
     if arguments[:1] == ["--queue"]:
         return run_queue.main(arguments[1:], plan_queue)
     ranks.start_process_group()

@@ -1,4 +1,4 @@
-"""What can be wrong with a run's keys together, found before anything starts; and its map, drawn.
+"""Checks of a run before it starts: keys that must fit each other, and the data. Also draws its map.
 
 `hp` is the training script's Hyperparameters, checked key by key before.
 """

@@ -64,6 +64,8 @@ def check_limits(value: float, at_least: float, at_most: float, multiple_of: int
 
 def check_value(f: Field, value: Any) -> Any:
     """The value of one key, checked on its own. Raises ValueError if the type or the value is wrong."""
+    if f.type not in TYPES:
+        raise ValueError(f"its type {f.type} is not known; add a line to TYPES in configs/keys.py")
     name, has_type = TYPES[f.type]
     if not has_type(value):
         raise ValueError(f"expected {name}, found {json.dumps(value, default=str)}")
@@ -111,7 +113,7 @@ def read_override(f: Field, text: str) -> Any:
         except tomllib.TOMLDecodeError:
             parsed = {}
         if list(parsed) != ["value"]:
-            hint = f"; quote the list: --{f.name} '[[0, 13]]'" if text.startswith("[") else ""
+            hint = f"; quote the list: --{f.name} '{json.dumps(f.default_factory())}'" if text.startswith("[") else ""
             raise ValueError(f"expected {TYPES[f.type][0]}, found {json.dumps(text)}{hint}")
         return check_value(f, parsed["value"])
 
@@ -150,9 +152,8 @@ def parse_command_line(cls: type, arguments: Sequence[str], about: str) -> tuple
     given = vars(options)
     configs, only_check = given.pop("configs"), given.pop("check")
     if unknown and unknown[0].startswith("-"):
-        option = unknown[0].partition("=")[0]
-        similar = nearest(option.lstrip("-"), [f.name for f in fields(cls)])
-        raise ValueError(f"{option}: unknown key; the nearest known one is --{similar}")
+        option, names = unknown[0].partition("=")[0], [f.name for f in fields(cls)]
+        raise ValueError(f"{option}: unknown key; the nearest known one is --{nearest(option.lstrip('-'), names)}")
     if words := [str(path) for path in configs if path.suffix != ".toml"] + unknown:
         raise ValueError(f"unexpected argument {words[0]}: a config ends in .toml, a key is set with --KEY VALUE; "
                          "quote a VALUE with brackets, spaces or *")

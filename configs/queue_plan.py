@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 from configs.keys import OneLineParser, error_context
 from data.shards import MissingShardsError
-from logs.log_file import end_with_parent, is_finished, read_header
+from logs.log_file import BOOKKEEPING_KEYS, end_with_parent, is_finished, read_header
 from logs.run_log import say
 
 ROOT = Path(__file__).resolve().parent.parent
-# Runs of one experiment may differ in these keys.
-FREE_KEYS = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout", "seed", "run_id"}
+FREE_KEYS = BOOKKEEPING_KEYS | {"seed", "run_id"}  # runs of one experiment may differ in these
 
 
 class Experiment(NamedTuple):

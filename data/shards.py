@@ -88,7 +88,7 @@ def open_shards(pattern: str) -> list[Shard]:
     """The shards that match a glob pattern, sorted. Raises MissingShardsError if no file matches or one is damaged."""
     paths = sorted(glob.glob(pattern))
     if not paths:
-        raise MissingShardsError(f"no file matches {pattern}; make or fetch the data first (README, section Data)")
+        raise MissingShardsError(f"no file matches {pattern}; make or fetch the data first (README, section Run, test)")
     return [open_shard(path) for path in paths]
 
 

@@ -19,9 +19,9 @@ from logs.weights import COMPILED_PREFIX, is_finite
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint; under this name there is always a whole one. Raises OSError if it cannot be written.
+    """Write a checkpoint. Raises OSError if it cannot be written.
 
-    So the file is written under another name, and renamed when the disk has it.
+    The file at `path` is always complete: a new one is written beside it and renamed once it is on the disk.
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:

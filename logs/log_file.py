@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RULE = "=" * 100
+BOOKKEEPING_KEYS = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout"}  # change no number
 TAIL_BYTES = 4000  # the last lines of a log are looked for in this much of it
 
 

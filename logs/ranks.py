@@ -19,7 +19,7 @@ from logs.run_log import RunLog
 
 Result = TypeVar("Result")
 
-START_TIMEOUT_S = 1200  # without progress, before the first step is done: the compiler works then
+START_TIMEOUT_S = 1200  # without progress before the first step is done, while kernels compile
 
 
 def start_process_group() -> None:
@@ -29,14 +29,19 @@ def start_process_group() -> None:
     differ reach the first collective minutes apart, and `allow_seconds` ends a hung rank.
     """
     allow_seconds(START_TIMEOUT_S)
+    timeout = timedelta(hours=1)
+    store, rank, world_size = dist.HashStore(), 0, 1
     if dist.is_torchelastic_launched():
         end_with_parent(signal.SIGKILL)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # A launcher that died before the line above no longer answers; the process group would wait for it.
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # A launcher that died before the line above no longer answers; the process group would wait for it.
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # Ranks that torchrun restarts would find their predecessors' addresses in the store, which is the same one
+        # (https://github.com/pytorch/pytorch/issues/135712).
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone = {} if dist.is_torchelastic_launched() else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def wait_for_all(device: torch.device) -> None:
@@ -100,7 +105,7 @@ def allow_seconds(seconds: float) -> None:
 
 
 class Diverged(Exception):
-    """A loss or a weight is no finite number any more. Every rank raises it; its message is for the user."""
+    """A loss, weight or optimizer state is NaN or infinite. Every rank raises it; its message is for the user."""
 
 
 class Stopped(Exception):
@@ -136,7 +141,7 @@ class StopFlag:
         self.signal = number
 
     def agreed(self) -> int:
-        """The signal that a rank had got when this was called before; 0 for none. Every rank calls it at each step."""
+        """The signal that any rank had received by the previous call; 0 for none. Every rank calls this once a step."""
         known = 0
         if self.sent is not None:
             self.sent.wait()
@@ -149,7 +154,7 @@ class StopFlag:
 def run_and_report(log: RunLog, run: Callable[..., None], *arguments: Any) -> int:
     """The exit status of `run(...)`; what ends it early is one line on standard error, and the log's last.
 
-    After an error the process ends here: the process group's farewell would wait for ranks that are gone.
+    After an error the process exits here, because destroying the process group would wait for ranks that are gone.
     """
     status, is_everyones = 1, False
     try:

@@ -1,4 +1,4 @@
-"""A run and its right to a log: claiming it, beginning its log or going on in it, and its checkpoints on the way.
+"""Starting a run or resuming it: its log, its lock and its checkpoints.
 
 `hp` is the training script's Hyperparameters.
 """
@@ -16,15 +16,13 @@ from configs.keys import error_context
 from data.batches import next_batch
 from data.shards import Shard, open_shards
 from logs import checkpoint
-from logs.log_file import checkpoint_path, here_and_now, log_path
+from logs.log_file import BOOKKEEPING_KEYS, checkpoint_path, here_and_now, log_path
 from logs.ranks import Diverged
 from logs.run_log import RunLog, open_log
 
-MAY_CHANGE = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout"}  # in an interrupted run
-
 
 class Run(NamedTuple):
-    """A checked run; once it is this process's, with its locked log and, if it was interrupted, its checkpoint."""
+    """A checked run. After `claim` it also has its locked log and, if it was interrupted, the checkpoint to resume."""
 
     config: Path
     hp: Any
@@ -36,15 +34,15 @@ class Run(NamedTuple):
 
 def must_equal(run: Run, shards: list[Shard], step: int) -> dict[str, Any]:
     """What a run that goes on at a step must have in common with the run that was interrupted there."""
-    configuration = {name: value for name, value in asdict(run.hp).items() if name not in MAY_CHANGE}
-    next_tokens = next_batch(shards, run.hp, step)
-    return configuration | {"program text": run.code, "device": run.device.type, "next batch": next_tokens}
+    configuration = {name: value for name, value in asdict(run.hp).items() if name not in BOOKKEEPING_KEYS}
+    place = next_batch(shards, run.hp, step)
+    return configuration | {"program text": run.code, "device": run.device.type, "next batch": place}
 
 
 def claim(run: Run) -> Run:
-    """Open and lock the run's log; of an interrupted run, cut to where its checkpoint was written. For rank 0 alone.
+    """Open and lock the run's log; if the run was interrupted, cut it back to its checkpoint. Only rank 0 calls this.
 
-    Raises ValueError if the run is finished, is run by another process, or is another than the one interrupted.
+    Raises ValueError if the run is finished, if another process is running it, or if it is not the run interrupted.
     """
     hp = run.hp
     with error_context(f"{run.config}: log_dir: cannot write a log, set log_dir to a folder that you can write to"):
@@ -72,7 +70,7 @@ def begin_log(run: Run, device_line: str, *descriptions: str) -> tuple[int, floa
 
 def save(run: Run, shards: list[Shard], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int,
          train_time_ms: float) -> None:
-    """Write the checkpoint from which this run can go on at a step; that this fails does not end the run.
+    """Write the checkpoint to resume from at `step`; if it cannot be written, log that and go on.
 
     Raises Diverged if a weight or an optimizer state is not finite, and leaves the checkpoint before.
     """

@@ -113,7 +113,7 @@ class RunLog:
             say(text)
 
     def end(self, why: str) -> None:
-        """The last line, with date and host. It is no reason to fail that it cannot be written."""
+        """Write the last line, with date and host; a failure to write it is ignored."""
         with suppress(OSError):
             self.to_file(f"ended: {here_and_now()}: {why}")
             self.bar.close()

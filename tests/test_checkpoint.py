@@ -11,7 +11,8 @@ from helpers import start_trainer, val_losses, weights_and_states
 import train_gpt_medium as train
 from data.batches import train_batches
 from logs import checkpoint, log_file, weights
-from logs.resume import MAY_CHANGE, Run, must_equal
+from logs.log_file import BOOKKEEPING_KEYS
+from logs.resume import Run, must_equal
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
@@ -250,6 +251,6 @@ def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(tmp_path):
 def test_all_but_what_may_change_must_be_equal(trainer):
     run = Run(None, trainer.hp, trainer.device, "the program")
     found = must_equal(run, trainer.train_shards, 1)
-    assert set(found) == {"program text", "device", "next batch", *(set(vars(HP)) - MAY_CHANGE)}
+    assert set(found) == {"program text", "device", "next batch", *(set(vars(HP)) - BOOKKEEPING_KEYS)}
     assert (found["program text"], found["device"], found["seed"]) == ("the program", "cpu", 0)
     assert found["next batch"] == ["s_train_000001.bin", 128]

@@ -174,7 +174,8 @@ is_restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
 at_step(4, lambda: rank() == 1 and not is_restarted and send(signal.SIGKILL)())
 at_step(5, lambda: rank() == 1 and is_restarted and [os.kill(os.getppid(), signal.SIGKILL), hang()])
 """)
-    assert launcher.wait() == -signal.SIGKILL
+    _, errors = launcher.communicate()
+    assert launcher.returncode == -signal.SIGKILL, errors
     pids = [int(path.name) for path in (tmp_path / "ranks").iterdir()]
     assert len(pids) == 4
     wait_until(lambda: all(map(is_gone, pids)))
@@ -186,8 +187,8 @@ at_step(5, lambda: rank() == 1 and is_restarted and [os.kill(os.getppid(), signa
 @pytest.mark.slow
 def test_a_rank_whose_launcher_died_before_it_began_does_not_wait(start, config):
     """The launcher's store does not answer; the process group would wait for it."""
-    of_run = start(config, fault="os.environ.update(TORCHELASTIC_USE_AGENT_STORE='True', MASTER_ADDR='localhost', "
-                                 "MASTER_PORT='1')")
+    of_run = start(config, environment=dict(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True",
+                                            MASTER_ADDR="localhost", MASTER_PORT="1"))
     assert of_run.statuses() == [1] and "ConnectionRefusedError" in of_run.output("stderr")
 
 
