@@ -62,6 +62,13 @@ def check_data(hp: Any) -> None:
             check_stream(getattr(hp, files), hp.vocab_size, batch_tokens, needed, purpose, fineweb_shards)
 
 
+def check_log_dir(folder: Path) -> None:
+    """Raises ValueError if no logs can be written below a folder, which need not exist yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"log_dir: cannot write logs below {there}; set log_dir to a folder that you can write to")
+
+
 def check_run(hp: Any, config: Path, world_size: int, make_model: Callable[[Any], nn.Module]) -> None:
     """Raises ValueError for the first thing that would stop this run: it names the file, the key and the fix.
 
@@ -69,6 +76,7 @@ def check_run(hp: Any, config: Path, world_size: int, make_model: Callable[[Any]
     """
     with error_context(str(config)):
         check_keys_together(hp, world_size)
+        check_log_dir(Path(hp.log_dir))
         with error_context("init_from"):
             if hp.init_from:
                 read_weights(hp.init_from, make_model(hp))

@@ -69,8 +69,7 @@ def check_value(f: Field, value: Any) -> Any:
     name, has_type = TYPES[f.type]
     if not has_type(value):
         raise ValueError(f"expected {name}, found {json.dumps(value, default=str)}")
-    if f.type is float:
-        value = float(value)
+    value = float(value) if f.type is float else value
     if isinstance(value, (int, float)):
         check_limits(value, **f.metadata["limits"])
     return f.metadata["check"](value)
@@ -123,7 +122,8 @@ def load(cls: type, config: Path, overrides: dict[str, str]) -> Any:
     values = read_config(cls, config)
     options = {f.name: read_override(f, overrides[f.name]) for f in fields(cls) if f.name in overrides}
     if scale := options.get("scale", values.get("scale", "")):  # a path, or a name in configs/scales
-        path = Path(scale) if scale.endswith(".toml") else Path(__file__).parent / "scales" / f"{scale}.toml"
+        is_path = "/" in scale or scale.endswith(".toml")
+        path = Path(scale) if is_path else Path(__file__).parent / "scales" / f"{scale}.toml"
         values |= read_config(cls, path, is_scale=True)
     return cls(**values | options)
 

@@ -53,7 +53,8 @@ class Launcher:
     def forward(self, stderr: IO[str]) -> None:
         """Print a run's standard error, and keep the program's last complaint in it, or else what killed a rank."""
         for line in stderr:
-            complain(line.rstrip("\n"))
+            if not self.signal or line.startswith(f"{PROGRAM}: "):  # after a signal torchrun prints its own traceback
+                complain(line.rstrip("\n"))
             if line.startswith(f"{PROGRAM}: "):
                 self.complaint = line.removeprefix(f"{PROGRAM}: ").strip()
             elif not self.complaint and (killed := re.search(r"Signal \d+ \(SIG\w+\)", line)):  # torchrun's words

@@ -44,12 +44,15 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     Two of them come parsed: `run_ids`, a range, and `notify`, a list of words.
     """
-    parser = OneLineParser(prog="./run.sh", add_help=False, allow_abbrev=False)
+    usage = "./run.sh [-n RUNS] [CONFIG.toml ...] [--KEY VALUE ...] [--check] [--notify COMMAND]"
+    parser = OneLineParser(usage=usage, add_help=False, allow_abbrev=False)
     parser.add_argument("-n", metavar="RUNS", default="1")
     parser.add_argument("--run_id")
     parser.add_argument("--notify", metavar="COMMAND", default="")
     parser.add_argument("--check", action="store_true")
     options, words = parser.parse_known_args(arguments)
+    if stray := [word for word in words if options.notify and len(word) > 1 and word[0] == "-" and word[1] != "-"]:
+        raise ValueError(f"--notify: {stray[0]}: quote COMMAND with all its words, as in --notify 'mail -s done me'")
     first = options.run_id or "0"
     if not (options.n.isdecimal() and 1 <= int(options.n) <= 999):
         raise ValueError(f"-n takes the number of runs, 1 to 999, not '{options.n}'")

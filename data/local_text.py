@@ -1,6 +1,6 @@
 """Turn text files into shards of bytes: python data/local_text.py [PATH ...]
 
-Writes data/local_text/local_train_*.bin and local_val_*.bin in the speedrun's shard format, for configs/tiny.toml.
+Writes data/local_text/local_train_*.bin and local_val_*.bin in the speedrun's shard format, for --scale tiny.
 A file is a document: the end-of-text token 256, then its bytes as token ids 0 to 255. A folder stands for the text
 files in it. With no PATH it takes the standard library of the running Python. The documents' order depends on their
 names only; the last tenth of the tokens is the validation set.

@@ -214,4 +214,5 @@ def mending_command(pattern: str, path: str, fineweb_shards: int | None) -> tupl
     if is_fineweb(pattern) and fineweb_shards is not None:
         return "data/cached_fineweb10B.py", str(max(fineweb_shards, shard_number(path)))
     is_local_text = os.path.realpath(os.path.dirname(pattern)) == os.path.realpath(LOCAL_TEXT_FOLDER)
-    return ("data/local_text.py",) if is_local_text and not path else ()
+    is_empty = not any(LOCAL_TEXT_FOLDER.glob("local_*.bin"))  # the user's own text must not be replaced
+    return ("data/local_text.py",) if is_local_text and is_empty else ()

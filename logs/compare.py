@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs.keys import OneLineParser
 from logs import plot
 from logs.results import Run, read_configurations
 from logs.run_statistics import LEVEL, POWER, Comparison, Effect, deviation, record_test, runs_needed, stats
@@ -153,14 +154,9 @@ def write_csv(configurations: dict[str, list[Run]]) -> None:
         writer.writerows([name, r.path.name, int(x), r.num_iterations, y, round(1000 * t)] for x, y, t in zip(*r.curve))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Raises ValueError if options mean nothing or do not fit together."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", type=Path)
     add("--target", type=float, default=2.92, metavar="LOSS", help="validation loss to reach (default 2.92)")
@@ -174,13 +170,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--from", type=float, dest="low", metavar="X", help="--plot: begin at this step or second")
     add("--to", type=float, dest="high", metavar="X", help="--plot: end there")
     options = parser.parse_args(arguments)
-    if options.power is not None and not 0 < options.power < np.inf:
-        raise ValueError("--power: give a difference in loss above 0")
+    for name, value in (("--target", options.target), ("--power", options.power)):
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"{name}: give a number above 0")
     return options
 
 
 def main(arguments: list[str]) -> int:
     try:
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the caller
         options = parse(arguments)
         runs, lines = read_configurations(options.paths)
         print(*(f"compare.py: {' '.join(line.split())}\n" for line in lines), sep="", end="", file=sys.stderr)

@@ -58,7 +58,10 @@ def read_header(log: Path) -> tuple[str, dict[str, Any]]:
     keys = re.findall(r"^(\w+) = (.+)$", rest.partition(f"\n{RULE}\n")[0], re.MULTILINE)
     if not keys:
         raise ValueError(f"{log}: its header has no configuration; move the log away")
-    return code, {name: json.loads(value) for name, value in keys}
+    try:
+        return code, {name: json.loads(value) for name, value in keys}
+    except json.JSONDecodeError:
+        raise ValueError(f"{log}: its header is damaged; move the log away") from None
 
 
 def checkpoint_path(log: Path) -> Path:

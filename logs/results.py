@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from logs.log_file import BOOKKEEPING_KEYS
+
 RESULT = re.compile(
     r"^step:(\d{1,12})/(\d{1,12})(?: val_loss:(\d{1,12}\.\d{1,12}|-?nan|-?inf))?"
     r" train_time:(\d{1,15})ms step_avg:(\d+\.\d+|nan|inf)ms$", re.MULTILINE | re.ASCII,
@@ -17,7 +19,7 @@ DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b", re.MULTILINE | re.ASCII
 RULE = re.compile(r"^={100}$", re.MULTILINE)
 ENVIRONMENT = re.compile(r"\s*Running (Python|PyTorch|pytorch) ")
 SETTING = re.compile(r"(\w+) = (.*)")
-WITHOUT_EFFECT = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout", "seed", "run_id"}
+WITHOUT_EFFECT = BOOKKEEPING_KEYS | {"seed", "run_id"}
 
 
 class Curve(NamedTuple):
@@ -87,13 +89,13 @@ def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
     found: dict[Path, set[Path]] = defaultdict(set)
     without, notes = [], []
     for given in paths:
-        path = Path(os.path.abspath(given))
+        path = Path(os.path.realpath(given))  # so that a log named twice is counted once
         names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else [""]
         files = {path / name: max(2, len(Path(name).parts)) for name in names if (path / name).is_file()}
         depths = {f: n for f, n in files.items() if f.suffix in (".txt", ".log") and f.name != "requirements.txt"}
         near = [log for log, depth in depths.items() if depth == min(depths.values())]
         for log in near:
-            found[log.parent if path.is_dir() else log].add(log)
+            found[next((k for k, logs in found.items() if log in logs), log.parent if path.is_dir() else log)].add(log)
         without += [] if near else [str(given) if path.exists() else f"{given} (no such file)"]
         if len(near) < len(depths):
             notes.append(f"{given}: {len(depths) - len(near)} logs in deeper folders left out; name their folder")

@@ -21,6 +21,8 @@ SHOWN_EVERY = 25  # training steps between the lines on standard output, if it i
 
 def say(text: str) -> None:
     """Print a line, above a progress bar if there is one. A run goes on when nobody reads its output any more."""
+    if sys.stdout is None:  # closed by the caller
+        return
     try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -101,7 +103,7 @@ class RunLog:
 
     def show_progress(self, num_iterations: int, step: int) -> None:
         """Show a bar instead of the training lines if standard output is a terminal."""
-        if self.path is not None and sys.stdout.isatty():
+        if self.path is not None and sys.stdout and sys.stdout.isatty():
             self.bar = tqdm(total=num_iterations, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def train_line(self, step: int, num_iterations: int, train_time_ms: float) -> None:

@@ -152,7 +152,10 @@ def main(arguments: list[str]) -> int:
     for path in queues:  # the log of a run that was killed does not say why it ended
         problems = read_state(path).get("problems", {}) | problems
     lines += [f"{name(Path(log), folder)}: {why}" for log, why in sorted(problems.items())]
-    print("\n".join(textwrap.fill(line, COLUMNS, subsequent_indent="  ") for line in lines))
+    try:
+        print("\n".join(textwrap.fill(line, COLUMNS, subsequent_indent="  ") for line in lines), flush=True)
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

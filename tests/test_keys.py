@@ -78,7 +78,7 @@ def test_a_bad_key_of_a_config_is_named_with_the_file(tmp_path, key, value, frag
     ("value_embedding_std", "inf", ["inf is too large"]),
     ("save_checkpoint", "True", ["expected true or false", '"True"']),
     ("value_embeddings", "[[7]]", ["table 0: layer 7 has no attention"]),
-    ("value_embeddings", "[[0,", ["expected a list", "quote the list: --value_embeddings '[[0, 13], [1, 14], [2, 15]]'"]),
+    ("value_embeddings", "[[0,", ["expected a list", "quote the list: --value_embeddings '[[0, 13], [1,"]),
     ("log_dir", "", ["is empty"]),
 ])
 def test_a_bad_option_is_named(tmp_path, key, text, fragments):
