@@ -1,7 +1,6 @@
 """Makes the program importable, explains the markers, and holds the fixtures of several test files."""
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import random_tokens, train_in_child, write_config  # noqa: E402
+from helpers import random_tokens, write_config  # noqa: E402
 
 import train_gpt_medium as train  # noqa: E402
 from data.shards import write_shard  # noqa: E402
@@ -67,24 +66,6 @@ def small_config(small_data, tmp_path):
         return write_config(tmp_path / "small.toml", **keys | changes)
 
     return make
-
-
-@pytest.fixture
-def in_child(monkeypatch, tmp_path):
-    """Starts the program, one rank, in a forked process that has imported it already; returns the process.
-
-    Its output is in tmp_path / "output".
-    """
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers"])
-
-    def run(config, *options):
-        process = context.Process(target=train_in_child, args=([str(config), *map(str, options)], tmp_path / "output"))
-        process.start()
-        return process
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,6 @@ def run_program(*arguments, ranks=None, env=(), cwd=ROOT, timeout=900):
     return subprocess.run(command, cwd=cwd, env=os.environ | dict(env), capture_output=True, text=True, timeout=timeout)
 
 
-def train_in_child(arguments, output):
-    """The program's `main`, with both its outputs in a file; ends the process."""
-    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1)
-    os.dup2(1, 2)
-    sys.exit(train.main(arguments))
-
-
 def val_losses(text):
     """{step: validation loss} of a log or of standard output."""
     return {int(match[1]): float(match[3]) for match in VAL_LINE.finditer(text)}
