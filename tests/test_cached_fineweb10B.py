@@ -264,6 +264,8 @@ def test_check_names_what_is_missing(fetch, folder, arguments, missing):
 def start(tmp_path, hub):
     """Starts the fetcher of a copy of data/ that has no shards yet; returns the process, with its `folder`."""
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*/", "fineweb10B", "local_text"))
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "logs" / "log_file.py", tmp_path / "logs")
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
 
     def start(*arguments, **options):
