@@ -801,7 +801,7 @@ def plan_run(arguments: Sequence[str]) -> tuple[Run, bool]:
         raise ValueError(f"unexpected argument {configs[1]}: a run has one config; ./run.sh takes several")
     hp, device = load(Hyperparameters, configs[0], overrides), machine.find_device()
     check_run(hp, configs[0], dist.get_world_size(), make_model=model_on_meta)
-    return Run(configs[0], hp, device, machine.program_text()), only_check
+    return Run(configs[0], hp, device, machine.program_text(), run_log.RunLog(None)), only_check
 
 
 def carry_out(run: Run) -> None:

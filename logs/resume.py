@@ -28,7 +28,7 @@ class Run(NamedTuple):
     hp: Any
     device: torch.device
     code: str  # the program's text
-    log: RunLog = RunLog(None)
+    log: RunLog
     state: dict[str, Any] | None = None
 
 

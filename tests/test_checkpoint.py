@@ -13,6 +13,7 @@ from data.batches import train_batches
 from logs import checkpoint, log_file, weights
 from logs.log_file import BOOKKEEPING_KEYS
 from logs.resume import Run, must_equal
+from logs.run_log import RunLog
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
@@ -249,7 +250,7 @@ def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(tmp_path):
 
 
 def test_all_but_what_may_change_must_be_equal(trainer):
-    run = Run(None, trainer.hp, trainer.device, "the program")
+    run = Run(None, trainer.hp, trainer.device, "the program", RunLog(None))
     found = must_equal(run, trainer.train_shards, 1)
     assert set(found) == {"program text", "device", "next batch", *(set(vars(HP)) - BOOKKEEPING_KEYS)}
     assert (found["program text"], found["device"], found["seed"]) == ("the program", "cpu", 0)
