@@ -24,7 +24,6 @@ from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 
 from data.shards import FINEWEB_FOLDER, FINEWEB_SHARDS, HEADER_BYTES, num_batches, shard_number
-from logs.log_file import plural
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 ENDPOINT = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -78,8 +77,8 @@ def bring(names: list[str], revision: str | None, only_check: bool) -> None:
         raise ValueError(f"{REPOSITORY} has no {unknown[0]} in commit {record['commit']}; use another --revision")
     damage = find_damage(names, files)
     tokens = [(files[name][0] - HEADER_BYTES) // 2 for name in names if shard_number(name) and name not in damage]
-    print(f"{FINEWEB_FOLDER}: commit {record['commit']}, {len(names) - len(damage)} of {plural(len(names), 'shard')} "
-          f"whole, good for {plural(num_batches(tokens, 8 * 65536), 'step')} of the baseline")
+    print(f"{FINEWEB_FOLDER}: commit {record['commit']}, {len(names) - len(damage)} of {len(names)} shards "
+          f"whole, good for {num_batches(tokens, 8 * 65536):,} steps of the baseline")
     if damage and not only_check:
         ask_hub(record["commit"])  # its errors say more than those of snapshot_download
         damage = fetch(damage, record)
