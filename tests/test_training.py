@@ -176,8 +176,8 @@ def test_run_ids_count_up_and_are_the_seed(run_main, small_config, tmp_path):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (["--log_dir", "{folder}/small.toml"], "log_dir: cannot write a log, set log_dir to a folder that you can write"),
-    (["--log_dir", "{folder}/link"], "log_dir: cannot write a log"),
+    (["--log_dir", "{folder}/small.toml"], "log_dir: cannot write logs below"),
+    (["--log_dir", "{folder}/link"], "log_dir: cannot write logs below"),
 ])
 def test_a_log_that_cannot_be_begun_is_a_mistake(run_main, small_config, tmp_path, capsys, options, complaint):
     """The link leads nowhere, as where a volume is not mounted."""
