@@ -121,10 +121,10 @@ def load(cls: type, config: Path, overrides: dict[str, str]) -> Any:
     """Defaults, then the config file, then the scale's file, then the options. Raises ValueError as the readers do."""
     values = read_config(cls, config)
     options = {f.name: read_override(f, overrides[f.name]) for f in fields(cls) if f.name in overrides}
-    if scale := options.get("scale", values.get("scale", "")):  # a path, or a name in configs/scales
-        is_path = "/" in scale or scale.endswith(".toml")
-        path = Path(scale) if is_path else Path(__file__).parent / "scales" / f"{scale}.toml"
-        values |= read_config(cls, path, is_scale=True)
+    if scale := options.get("scale", values.get("scale", "")):  # a file, or a name in configs/scales
+        path = Path(scale) if scale.endswith(".toml") else Path(__file__).parent / "scales" / f"{scale}.toml"
+        with error_context("--scale" if "scale" in options else f"{config}: scale"):
+            values |= read_config(cls, path, is_scale=True)
     return cls(**values | options)
 
 
