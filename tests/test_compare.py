@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 from helpers import ROOT
-from test_results import result_lines, train_line, write, write_runs
+from test_results import result_lines, write, write_runs
 
 from logs import compare
+from logs.run_log import train_line
 
 SHAPE = np.array([10.0, 4.0, 3.2, 2.95, 2.91])
 BETTER = [SHAPE - 0.02, SHAPE - 0.021, SHAPE - 0.0185]
@@ -56,6 +57,7 @@ def published():
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_the_published_runs_take_80_lines_of_110_columns_sorted_by_time(published):
     _, table, sentences, _ = sections(published)
     assert len(published.splitlines()) <= 80 and max(map(len, table)) <= 110
@@ -64,6 +66,7 @@ def test_the_published_runs_take_80_lines_of_110_columns_sorted_by_time(publishe
     assert times == sorted(times) and {1438.8, 1452.7, 1464.8} < {*times}
 
 
+@pytest.mark.slow
 def test_what_is_real_of_the_published_runs(published):
     found = {}
     for line in sections(published)[1][2:]:
@@ -75,6 +78,7 @@ def test_what_is_real_of_the_published_runs(published):
         "baseline": {"baseline_ttest"}}
 
 
+@pytest.mark.slow
 def test_the_published_tests_of_the_record_stand_in_the_sentences(published):
     assert "record: no (t -1.78, p 0.0434, 95% bound 2.919989)" in published
     assert "record: yes (t -5.88, p 5.07e-07, 95% bound 2.919370)" in published
@@ -155,7 +159,8 @@ def test_power_says_how_many_runs_alone_and_among_several(two, capsys):
 
 
 def test_runs_that_go_on_or_diverged_are_named_and_in_no_number(two, capsys):
-    write(two / "new" / "0.txt", result_lines([10.0, 4.5, 3.3], total=40) + train_line(27, 40, 2700) + "step:28/40 tr")
+    torn = f"{train_line(27, 40, 2700)}\nstep:28/40 tr"
+    write(two / "new" / "0.txt", result_lines([10.0, 4.5, 3.3], total=40) + torn)
     write(two / "new" / "1.txt", result_lines([10.0, float("nan")], total=40))
     write(two / "new" / "2.txt", train_line(1, 40, 100))
     (line,) = (line for line in run(capsys, two)[1].splitlines() if line.startswith("new: "))

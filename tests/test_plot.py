@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from test_results import result_lines, train_line, write, write_runs
+from test_results import result_lines, write, write_runs
 
 from logs import compare, plot
+from logs.run_log import train_line
 
 BEGINNINGS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
 SHAPE = np.array([10.0, 4.0, 3.2, 2.95, 2.91])
