@@ -1,4 +1,4 @@
-"""logs/run_log.py: places, lines, header, numbers and lock of a run's log, and whether the run is finished."""
+"""logs/run_log.py: lines, header, number and lock of a run's log, and what becomes of an interrupted one."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from helpers import TRAIN_LINE, VAL_LINE
 
 from logs import run_log
-from logs.log_file import RULE, is_finished, last_line, log_path, read_header
+from logs.log_file import RULE, read_header
 from logs.run_log import RunLog, open_log, train_line, val_line
 
 
@@ -22,12 +22,6 @@ def write_log(path, *lines):
     for line in lines:
         log.to_file(line)
     return log
-
-
-@pytest.mark.parametrize("scale, expected", [
-    ("", "logs/add_2/007.txt"), ("tiny", "logs/tiny/add_2/007.txt"), ("my/own.toml", "logs/own/add_2/007.txt")])
-def test_the_place_of_a_log(scale, expected):
-    assert log_path("logs", scale, Path("somewhere/add_2.toml"), 7) == Path(expected)
 
 
 # -----------------------------------------------------------------------------
@@ -75,61 +69,12 @@ def test_the_last_line_says_when_where_and_why(path):
 
 def test_the_header_is_read_as_it_was_written(path):
     configuration = dict(description='quotes " and ünicode', value_embeddings=[[0, 13]], seed=None, lr=0.3, gate=False)
-    log = RunLog(path)
-    log.write_header("# a.py\nx = 1\n\n# b.py\ny = 2", configuration, "Running Python", "value embeddings: 1 table")
-    log.line("step:0/4 ...")
+    write_log(path).write_header("# a.py\nx = 1\n\n# b.py\ny = 2", configuration, "Running Python", "a map")
     assert read_header(path) == ("# a.py\nx = 1\n\n# b.py\ny = 2", configuration)
-    parts = path.read_text().split(f"{RULE}\n")
-    assert parts[1] == "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
-                               for name, value in configuration.items())
-    assert re.fullmatch(r"Running Python\nvalue embeddings: 1 table\nstarted: \S+ \S+ on \S+\n", parts[2])
-    assert parts[3] == "step:0/4 ...\n"
-
-
-@pytest.mark.parametrize("text", ["", "step:0/4 val_loss:1.0\n", f"code\n{RULE}\nRunning Python 3.11\n{RULE}\n"])
-def test_a_log_without_a_configuration_is_named(path, text):
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"{path}: its header has no configuration; move the log away"):
-        read_header(path)
-
-
-# -----------------------------------------------------------------------------
-# The end of a log
-
-PEAK = "peak memory allocated: 1 MiB reserved: 2 MiB\n"
-DIVERGED = "diverged at step 250: the validation loss is nan\n"
-STEP = "step:4/4 val_loss:5.000000 train_time:5ms step_avg:1.00ms\n"
-
-
-@pytest.mark.parametrize("end, finished", [
-    (PEAK, True),
-    ("peak memory resident: 1 MiB\n", True),
-    (PEAK + "ended: 2026-11-24 18:30:01 on host: finished\n", True),
-    (DIVERGED, True),
-    (DIVERGED + "ended: 2026-11-24 18:30:01 on host: diverged at step 250: the validation loss is nan\n", True),
-    (PEAK + "ended: 2026-11", True),  # killed while it wrote the last line
-    (PEAK[:-1], False),  # torn: it was still being written
-    (DIVERGED[:-1], False),
-    (DIVERGED[:-20], False),
-    ("  " + PEAK, False),
-    (STEP, False),
-    ("ended: 2026-11-24 18:30:01 on host: stopped by signal 15\n", False),
-    ("", False),
-])
-def test_a_run_is_finished_when_a_complete_last_line_says_so(path, end, finished):
-    """What the program text says about such lines, far above, does not count."""
-    path.write_text(PEAK + DIVERGED + 400 * "the text of the program\n" + end)
-    assert is_finished(path) == finished
-
-
-def test_a_log_that_does_not_exist_is_not_finished(path):
-    assert not is_finished(path) and last_line(path, "step:") == ""
-
-
-def test_the_last_complete_line_of_a_kind(path):
-    path.write_bytes(b"step:1/4\nstep:2/4 \xff\nended: why\nstep:3/4")
-    assert (last_line(path, "step:"), last_line(path, "ended: "), last_line(path, "peak")) == (
-        "step:2/4 \ufffd", "ended: why", "")
+    _, keys, environment, rest = path.read_text().split(f"{RULE}\n")
+    assert keys.splitlines() == [f"{name} = {json.dumps(value, ensure_ascii=False)}"
+                                 for name, value in configuration.items()]
+    assert re.fullmatch(r"Running Python\na map\nstarted: \S+ \S+ on \S+\n", environment) and rest == ""
 
 
 # -----------------------------------------------------------------------------
@@ -137,17 +82,11 @@ def test_the_last_complete_line_of_a_kind(path):
 
 
 @pytest.mark.parametrize("taken, expected", [
-    ([], 0), (["000.txt"], 1), (["000.txt", "001.txt", "003.txt"], 2), (["000.resume.ckpt"], 1),
-    (["000.ckpt", "001.txt.interrupted"], 2)])
+    ([], 0), (["000.txt", "001.txt", "003.txt"], 2), (["000.resume.ckpt", "001.ckpt", "002.txt.interrupted"], 3)])
 def test_a_new_run_takes_the_first_number_that_no_file_has(path, taken, expected):
     for name in taken:
         path.with_name(name).touch()
     assert open_log(path, is_new=True).path == path.with_name(f"{expected:03d}.txt")
-
-
-def test_a_link_to_nowhere_takes_its_number(path):
-    path.symlink_to("/nowhere/000.txt")
-    assert open_log(path, is_new=True).path.name == "001.txt"
 
 
 def test_a_number_that_another_run_takes_at_the_same_moment(path, monkeypatch):
@@ -178,11 +117,10 @@ def test_a_run_has_one_process(path, monkeypatch):
     second.lock()
 
 
-@pytest.mark.parametrize("line", [PEAK, DIVERGED])
+@pytest.mark.parametrize("line", ["peak memory resident: 1 MiB", "diverged at step 250: the validation loss is nan"])
 def test_a_finished_run_is_never_overwritten(path, line):
-    path.write_text(line)
     with pytest.raises(ValueError, match=f"{path} is finished, and a log is never overwritten; use another run_id"):
-        RunLog(path, new=False).lock()
+        write_log(path, line).lock()
 
 
 def test_a_log_is_cut_to_where_its_checkpoint_was_written(path):
@@ -199,14 +137,9 @@ def test_a_log_shorter_than_at_its_checkpoint_is_refused(path):
         write_log(path, "header").cut(1000)
 
 
-def test_results_of_a_run_that_starts_over_are_kept_aside(path):
-    for number in (1, 2):
-        write_log(path, f"step:{number}/4").cut(0)
+def test_a_run_that_starts_over_keeps_its_results_aside_and_a_header_alone_not(path):
+    for text in ("step:1/4", "step:2/4", "header"):
+        write_log(path, text).cut(0)
         assert path.read_text() == ""
-    aside = [path.with_name(f"000.txt.interrupted{suffix}").read_text() for suffix in ("", "1")]
-    assert aside == ["step:1/4\n", "step:2/4\n"]
-
-
-def test_a_log_without_results_is_not_kept(path):
-    write_log(path, "header").cut(0)
-    assert list(path.parent.iterdir()) == [path] and path.read_text() == ""
+    aside = {file.name: file.read_text() for file in path.parent.iterdir() if file != path}
+    assert aside == {"000.txt.interrupted": "step:1/4\n", "000.txt.interrupted1": "step:2/4\n"}
