@@ -12,6 +12,7 @@ from logs import status
 
 STEPS = ("step:0/5960 val_loss:10.825840 train_time:0ms step_avg:0.01ms\n"
          "step:1/5960 train_time:240ms step_avg:240.00ms\n")
+ENDED = "ended: 2026-11-24 18:30:01 on node-1: "
 
 
 @pytest.fixture
@@ -43,44 +44,32 @@ def lines(capsys, *arguments):
 
 def test_a_running_queue(folder, queue_file, capsys):
     queue_file.write(run=2, runs=12, log=write_log(folder, "add_2/001"), mean_s=1500)
-    first, step, loss, age, ends = lines(capsys)
-    assert first == "node-1, run 2 of 12: add_2/001"
-    assert step == "step 1/5960, 240.0 ms a step" and loss == "val_loss 10.825840 at step 0"
+    *first, age, ends = lines(capsys)
+    assert first == ["node-1, run 2 of 12: add_2/001", "step 1/5960, 240.0 ms a step", "val_loss 10.825840 at step 0"]
     assert re.fullmatch(r"last line \d+ s ago", age)
     assert re.fullmatch(r"run ends about \w{3} \d\d:\d\d, queue \w{3} \d\d \w{3} \d\d:\d\d", ends)
 
 
-@pytest.mark.parametrize("state, text, expected", [
-    (dict(), None, ["the queue on node-1 checks its configs and data"]),
-    (dict(run=1, runs=1, mean_s=0), "# train_gpt_medium.py\n", ["node-1, run 1 of 1: one/000", "no step yet"]),
-])
-def test_a_queue_before_its_first_step(folder, queue_file, capsys, state, text, expected):
-    queue_file.write(**state, **(dict(log=write_log(folder, "one/000", text)) if text else {}))
-    assert lines(capsys) == expected
+def test_a_queue_before_its_first_step(folder, queue_file, capsys):
+    assert lines(capsys) == ["the queue on node-1 checks its configs and data"]
+    queue_file.write(run=1, runs=1, mean_s=0, log=write_log(folder, "one/000", "# train_gpt_medium.py\n"))
+    assert lines(capsys) == ["node-1, run 1 of 1: one/000", "no step yet"]
 
 
-def test_queues_that_ended_were_killed_or_refused(folder, capsys):
-    (folder / ".queue.node-1.json").write_text('{"pid": 1, "run": 1, "ended": "ended Tue 24 Nov 18:06: 2 finished"}\n')
-    (folder / ".queue.node-2.json").write_text('{"pid": 1, "run": 1}\n')
-    (folder / ".queue.node-3.json").write_text('{"pid": 1}\n')
-    printed = " ".join(line.strip() for line in lines(capsys))
-    assert "no queue runs on node-1; the last one ended Tue 24 Nov 18:06: 2 finished" in printed
-    assert "no queue runs on node-2; the last one was killed" in printed
-    assert "no queue runs on node-3; the last one started no run" in printed
-
-
-def test_without_a_queue(folder, capsys):
-    assert lines(capsys) == ["no queue has run here"]
+@pytest.mark.parametrize("state, said", [
+    ('{"pid": 1, "run": 1, "ended": "ended Tue 24 Nov 18:06: 2 done"}\n', "ended Tue 24 Nov 18:06: 2 done"),
+    ('{"pid": 1, "run": 1}\n', "was killed"), ('{"pid": 1}\n', "started no run")])
+def test_a_queue_that_ended_was_killed_or_refused(folder, capsys, state, said):
+    (folder / ".queue.node-1.json").write_text(state)
+    assert " ".join(map(str.strip, lines(capsys))) == f"no queue runs on node-1; the last one {said}"
 
 
 def test_runs_that_failed_or_diverged_have_their_reason(folder, queue_file, capsys):
-    ended = "ended: 2026-11-24 18:30:01 on node-1: "
-    write_log(folder, "a/000", f"{STEPS}{ended}No space left on device\n")
-    write_log(folder, "b/000", f"{STEPS}diverged at step 125: the validation loss is nan\n{ended}diverged\n")
-    write_log(folder, "c/000", f"{STEPS}peak memory allocated: 53367 MiB reserved: 60000 MiB\n{ended}finished\n")
-    write_log(folder, "d/000", f"{STEPS}{ended}stopped, with a checkpoint\nresumed at step 1 after 240ms of training\n")
-    killed = write_log(folder, "e/000")
-    queue_file.write(problems={killed: "failed: signal SIGKILL"})
+    write_log(folder, "a/000", f"{STEPS}{ENDED}No space left on device\n")
+    write_log(folder, "b/000", f"{STEPS}diverged at step 125: the validation loss is nan\n{ENDED}diverged\n")
+    write_log(folder, "c/000", f"{STEPS}peak memory allocated: 53367 MiB reserved: 60000 MiB\n{ENDED}finished\n")
+    write_log(folder, "d/000", f"{STEPS}{ENDED}stopped, with a checkpoint\nresumed at step 1 after 240ms of training\n")
+    queue_file.write(problems={write_log(folder, "e/000"): "failed: signal SIGKILL"})
     assert lines(capsys)[1:] == ["a/000: No space left on device",
                                  "b/000: diverged at step 125: the validation loss is nan",
                                  "e/000: failed: signal SIGKILL"]
@@ -89,18 +78,18 @@ def test_runs_that_failed_or_diverged_have_their_reason(folder, queue_file, caps
 
 def test_no_line_is_wider_than_a_telephone(folder, queue_file, capsys):
     name = "an_ablation_with_a_name_that_does_not_fit_into_sixty_columns_at_all/000"
-    log = write_log(folder, name, f"{STEPS}ended: 2026-11-24 18:30:01 on node-1: {'a long reason ' * 9}\n")
+    log = write_log(folder, name, f"{STEPS}{ENDED}{'a long reason ' * 9}\n")
     queue_file.write(run=2, runs=12, log=log, mean_s=1500)
     assert max(map(len, lines(capsys))) <= 60
 
 
 def test_no_package_is_needed(tmp_path):
-    """Python without its installed packages, started from another folder."""
+    """Python without its installed packages, started from another folder; no queue has run."""
     logs = tmp_path / "logs"
     logs.mkdir()
     for module in ("__init__.py", "log_file.py", "status.py"):
         shutil.copy(ROOT / "logs" / module, logs)
-    write_log(logs, "one/000", f"{STEPS}ended: 2026-11-24 18:30:01 on node-1: out of memory\n")
+    write_log(logs, "one/000", f"{STEPS}{ENDED}out of memory\n")
     command = [sys.executable, "-S", "-E", str(logs / "status.py")]
     result = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("no queue has run here\none/000: out of memory\n", "")
