@@ -11,6 +11,7 @@ from helpers import ROOT
 from logs import machine
 
 CPU = torch.device("cpu")
+H100 = "NVIDIA H100 80GB HBM3, 535.104"
 
 
 @pytest.fixture
@@ -28,12 +29,12 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 
 def test_gpus_that_pytorch_cannot_use_are_a_mistake(nvidia_smi):
-    nvidia_smi("NVIDIA H100 80GB HBM3, 535.104\nNVIDIA H100 80GB HBM3, 535.104")
+    nvidia_smi(f"{H100}\n{H100}")
     with pytest.raises(ValueError) as raised:
         machine.find_device()
     message = str(raised.value)
-    build = f"PyTorch {torch.__version__}"
-    assert message.startswith(f"nvidia-smi shows NVIDIA H100 80GB HBM3 with driver 535.104, but {build}")
+    assert message.startswith("nvidia-smi shows NVIDIA H100 80GB HBM3 with driver 535.104, but PyTorch "
+                              f"{torch.__version__} (built for CUDA")
     assert "install a newer driver or a PyTorch built for this one" in message and "\n" not in message
 
 
@@ -43,16 +44,11 @@ def test_without_a_gpu_the_device_is_the_cpu(nvidia_smi, output, status):
     assert machine.find_device() == CPU
 
 
-@pytest.mark.parametrize("hidden", ["", "-1"])
-def test_gpus_that_the_user_has_hidden_are_no_mistake(nvidia_smi, monkeypatch, hidden):
-    nvidia_smi("NVIDIA H100 80GB HBM3, 535.104")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert machine.find_device() == CPU
-
-
-def test_without_nvidia_smi_the_device_is_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("PATH", "")
+@pytest.mark.parametrize("name, value", [
+    ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("PATH", "")])
+def test_hidden_gpus_and_a_missing_nvidia_smi_are_no_mistake(nvidia_smi, monkeypatch, name, value):
+    nvidia_smi(H100)
+    monkeypatch.setenv(name, value)
     assert machine.find_device() == CPU
 
 
@@ -66,18 +62,15 @@ def test_more_ranks_than_gpus_are_a_mistake(monkeypatch):
 
 def test_the_program_text_is_that_of_every_module_that_decides_numbers():
     """Those that the script and its modules import; the queue only starts runs."""
-    imported, modules = set(), ["train_gpt_medium.py"]
+    modules = ["train_gpt_medium.py"]
     for module in modules:
-        tree = ast.parse((ROOT / module).read_text())
-        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
-            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                path = f"{name.replace('.', '/')}.py"
-                if (ROOT / path).is_file() and path not in {*modules, "configs/run_queue.py"}:
-                    modules.append(path)
-        imported.add(module)
-    assert set(machine.PROGRAM) == imported
-    text = machine.program_text()
-    assert [text.index(f"# {name}\n{(ROOT / name).read_text()}") for name in machine.PROGRAM][0] == 0
+        for node in ast.walk(ast.parse((ROOT / module).read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+                paths = {f"{name.replace('.', '/')}.py" for name in names} - {*modules, "configs/run_queue.py"}
+                modules += sorted(path for path in paths if (ROOT / path).is_file())
+    assert sorted(machine.PROGRAM) == sorted(modules)
+    assert machine.program_text() == "\n".join(f"# {name}\n{(ROOT / name).read_text()}" for name in machine.PROGRAM)
 
 
 def test_the_description_of_the_machine():

@@ -10,13 +10,7 @@ import train_gpt_medium as train
 
 
 @pytest.mark.parametrize("step, n, cooldown, scale", [
-    (0, 100, 0.7, 1.0),
-    (29, 100, 0.7, 1.0),
-    (65, 100, 0.7, 0.5),
-    (99, 100, 0.7, 0.01 / 0.7),
-    (99, 100, 0.0, 1.0),
-    (25, 100, 1.0, 0.75),
-])
+    (29, 100, 0.7, 1.0), (65, 100, 0.7, 0.5), (99, 100, 0.7, 0.01 / 0.7), (99, 100, 0.0, 1.0), (25, 100, 1.0, 0.75)])
 def test_lr_scale(step, n, cooldown, scale):
     assert train.lr_scale(step, n, cooldown) == pytest.approx(scale, rel=1e-12)
 
@@ -27,12 +21,9 @@ def test_muon_momentum(step, momentum):
 
 
 @pytest.mark.parametrize("step, n, blocks", [
-    (0, 5960, 1),
+    (0, 5960, 1), (5960, 5960, 27),
     (100, 150, 14),  # x = 2/3 meets 14 * 128 exactly
-    (3880, 5820, 14),
     (2980, 5960, 14),  # x = 1/2: 1728 tokens, which is 13.5 blocks
-    (5960, 5960, 27),
-    (5959, 5960, 27),
 ])
 def test_window_blocks(step, n, blocks):
     assert train.window_blocks(step, n) == blocks
@@ -44,7 +35,7 @@ def test_the_window_is_made_once_for_each_number_of_blocks():
     assert first is second and (first.item(), first.dtype) == (3, torch.int32)
 
 
-@pytest.mark.parametrize("n", [10, 150, 5820, 5890, 5960])
+@pytest.mark.parametrize("n", [150, 5820, 5960])
 def test_window_is_the_smallest_that_is_large_enough(n):
     """Against exact arithmetic, at every step."""
     for step in range(n + 1):
