@@ -21,11 +21,16 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (imported by the first optimizer, for seconds)
 
 import train_gpt_medium as train  # noqa: E402
-from logs import checkpoint, run_log  # noqa: E402, F401 (for faults)
+from logs import checkpoint, machine, run_log  # noqa: E402, F401 (for faults)
 
 
 def rank():
     return int(os.environ.get("RANK", "0"))
+
+
+def on_last(action):
+    """The action, on the last rank only."""
+    return lambda: rank() == int(os.environ.get("WORLD_SIZE", "1")) - 1 and action()
 
 
 def before(owner, name, action, condition=lambda *arguments: True):
@@ -42,10 +47,6 @@ def before(owner, name, action, condition=lambda *arguments: True):
 
 def at_step(step, action):
     before(train.Trainer, "train_step", action, lambda trainer, this_step, *_: this_step == step)
-
-
-def slow_steps():
-    before(train.Trainer, "train_step", lambda: time.sleep(0.3))
 
 
 def send(number, times=1):
@@ -79,8 +80,20 @@ def spoil(after, tensor_of, value):
     train.Trainer.train_step = train_step
 
 
+def limit_files(size):
+    """A full disk: files of this process end at a size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 def fail(error):
     raise error
+
+
+class RunsCode:
+    """Unpickling this would run a program."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('this was run')",)
 
 
 def prepare(fault):
@@ -88,13 +101,12 @@ def prepare(fault):
     exec(fault, globals())
 
 
-def run_rank(arguments, folder, fault, environment, file_bytes):
+def run_rank(arguments, folder, fault, environment):
     """The program in this process, its outputs in files named stdout.RANK and stderr.RANK; ends the process."""
     os.environ.update(environment)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{name}.{rank()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run where a shell ignores it
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     prepare(fault)
     sys.exit(train.main(arguments))
@@ -106,8 +118,7 @@ class Ranks:
     One rank runs as without torchrun. Outputs are appended to files in `folder`.
     """
 
-    def __init__(self, folder, *arguments, ranks=1, fault="", environment=(), file_bytes=resource.RLIM_INFINITY,
-                 options_of_last=()):
+    def __init__(self, folder, *arguments, ranks=1, fault="", environment=(), options_of_last=()):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["faults"])
         self.folder, self.processes = Path(folder), []
@@ -119,8 +130,7 @@ class Ranks:
             ours = dict(RANK=str(number), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port),
                         TORCHELASTIC_RUN_ID="test") if ranks > 1 else {}
             own = [*map(str, arguments), *(options_of_last if number == ranks - 1 else [])]
-            args = own, self.folder, fault, ours | dict(environment), file_bytes
-            process = context.Process(target=run_rank, args=args)
+            process = context.Process(target=run_rank, args=(own, self.folder, fault, ours | dict(environment)))
             with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the process that forks
                 process.start()
             self.processes.append(process)

@@ -47,19 +47,17 @@ class Hub:
         return self.commits.get(revision, revision if re.fullmatch("[0-9a-f]{40}", revision) else None)
 
     def tree(self):
-        """Every file as the tree lists it."""
+        """Every file as the tree lists it; the names of both of the Hub's interfaces are in each."""
+        entries = [{"type": "file", "path": ".gitattributes", "size": 3}]
         for name, content in self.files.items():
-            lfs = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
-            yield {"type": "file", "path": name, "size": len(content), "oid": 40 * "0", "lfs": lfs}
-        yield {"type": "file", "path": ".gitattributes", "size": 3, "oid": 40 * "0"}
+            sha256 = hashlib.sha256(content).hexdigest()
+            lfs = {"size": len(content), "oid": sha256, "sha256": sha256, "pointerSize": 134}
+            entries.append({"type": "file", "path": name, "size": len(content), "lfs": lfs})
+        return [entry | {"rfilename": entry["path"], "oid": 40 * "0", "blobId": 40 * "0"} for entry in entries]
 
     def info(self, commit):
-        """The dataset with every file as a sibling."""
-        siblings = []
-        for entry in self.tree():
-            lfs = {"lfs": entry["lfs"] | {"sha256": entry["lfs"]["oid"]}} if "lfs" in entry else {}
-            siblings.append({"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"], **lfs})
-        return {"id": REPOSITORY, "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+        """The dataset in a commit, with every file as a sibling."""
+        return {"id": REPOSITORY, "sha": commit, "siblings": self.tree(), "private": False, "tags": [], "downloads": 0}
 
     def fault(self, path):
         """The status that a request is to fail with, or None."""
@@ -113,7 +111,7 @@ def make_handler(hub, role):
                             X_Repo_Commit=commit, X_Linked_Size=str(len(content)),
                             X_Linked_Etag=hashlib.sha256(content).hexdigest())
             else:
-                body = hub.info(commit) if found[1] == "revision" else list(hub.tree())
+                body = hub.info(commit) if found[1] == "revision" else hub.tree()
                 self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
 
         def send_file(self, name):
@@ -121,12 +119,12 @@ def make_handler(hub, role):
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            piece = 2**16 if hub.rate is None else hub.rate // 20
-            for position in range(0, len(content), piece):
-                time.sleep(0 if hub.rate is None else piece / hub.rate)
-                self.wfile.write(content[position : position + piece])
+            size = 2**16 if hub.rate is None else hub.rate // 20
+            for position in range(0, len(content), size):
+                time.sleep(0 if hub.rate is None else size / hub.rate)
+                self.wfile.write(piece := content[position : position + size])
                 with hub.lock:
-                    hub.sent[name] = hub.sent.get(name, 0) + len(content[position : position + piece])
+                    hub.sent[name] = hub.sent.get(name, 0) + len(piece)
 
     return Handler
 

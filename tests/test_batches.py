@@ -13,15 +13,11 @@ CPU = torch.device("cpu")
 
 def plain_stream(shards, batch_tokens):
     """The rule, word by word: yields each batch's tokens and the one after them."""
-    shards = iter(shards)
-    shard, pos = next(shards), 0
-    while True:
-        while pos + batch_tokens + 1 >= len(shard):
-            shard, pos = next(shards, None), 0
-            if shard is None:
-                return
-        yield shard[pos : pos + batch_tokens + 1].tolist()
-        pos += batch_tokens
+    for shard in shards:
+        pos = 0
+        while pos + batch_tokens + 1 < len(shard):
+            yield shard[pos : pos + batch_tokens + 1].tolist()
+            pos += batch_tokens
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +39,7 @@ def hyperparameters(**keys):
                                   num_iterations=100) | keys)
 
 
-@pytest.mark.parametrize("world_size, sequences_per_step", [(1, 2), (2, 2), (1, 3), (3, 3), (2, 6), (3, 6)])
+@pytest.mark.parametrize("world_size, sequences_per_step", [(1, 2), (3, 3), (2, 6)])
 def test_the_ranks_together_read_the_plain_stream(tokens, shards, world_size, sequences_per_step):
     hp = hyperparameters(sequences_per_step=sequences_per_step)
     batches = list(zip(*(train_batches(shards, hp, rank, world_size, CPU) for rank in range(world_size)), strict=True))
@@ -56,26 +52,17 @@ def test_the_ranks_together_read_the_plain_stream(tokens, shards, world_size, se
         assert inputs.flatten().tolist() == plain[:-1] and targets.flatten().tolist() == plain[1:]
 
 
-@pytest.mark.parametrize("step", [0, 3, 6, 7, 14])
-def test_a_run_that_goes_on_reads_what_it_would_have_read(shards, step):
-    """Seven batches are in the first shard, none in the second and eight in the third."""
-    rest = list(train_batches(shards, hyperparameters(), 0, 1, CPU, first_step=step))
-    expected = list(train_batches(shards, hyperparameters(), 0, 1, CPU))[step:]
-    assert len(rest) == len(expected) == 15 - step
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(rest, expected))
-
-
-@pytest.mark.parametrize("step, expected", [
+@pytest.mark.parametrize("step, place", [
     (0, ["n_0.bin", 0]), (6, ["n_0.bin", 3072]), (7, ["n_2.bin", 0]), (8, ["n_2.bin", 512]), (10, [])])
-def test_the_next_batch_is_named_by_shard_and_position(shards, step, expected):
-    assert next_batch(shards, hyperparameters(num_iterations=10), step) == expected
+def test_a_run_that_goes_on_reads_what_it_would_have_read_up_to_its_last_step(tokens, shards, step, place):
+    """Seven batches are in the first shard, none in the second."""
+    hp = hyperparameters(num_iterations=10)
+    rest = [inputs.flatten().tolist() for inputs, _ in train_batches(shards, hp, 0, 1, CPU, first_step=step)]
+    assert rest == [plain[:-1] for plain in plain_stream(tokens, 512)][step:10]
+    assert next_batch(shards, hp, step) == place
 
 
-def test_nothing_is_read_beyond_the_last_step(shards):
-    assert len(list(train_batches(shards, hyperparameters(num_iterations=5), 0, 1, CPU))) == 5
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_every_world_size_validates_on_the_same_sequences(tokens, shards, world_size):
     read = {}
     for rank in range(world_size):
@@ -84,12 +71,6 @@ def test_every_world_size_validates_on_the_same_sequences(tokens, shards, world_
         read |= {number: (inputs.tolist(), targets.tolist()) for number, inputs, targets in sequences}
     expected = list(plain_stream(tokens, 512))[:6]
     assert [read[number] for number in range(6)] == [(plain[:-1], plain[1:]) for plain in expected]
-
-
-def test_validation_starts_over_each_time(shards):
-    first, second = ([inputs.tolist() for _, inputs, _ in val_sequences(shards, hyperparameters(), 0, 1, CPU)]
-                     for _ in range(2))
-    assert first == second
 
 
 def test_ids_above_32767_are_read_as_they_are():

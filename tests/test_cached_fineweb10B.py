@@ -117,7 +117,6 @@ def test_only_what_is_missing_is_fetched(fetch, folder, hub, shards):
 @pytest.mark.parametrize("arguments, fragment", [
     ([5], "NUM_SHARDS is 5; use 0 (only the validation shard) to 4"),
     ([-1], "NUM_SHARDS is -1"),
-    (["x"], "invalid int value: 'x'"),
     (["--revison=x"], "unrecognized arguments: --revison=x"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line(fetch, hub, arguments, fragment):
@@ -148,7 +147,7 @@ def test_a_folder_takes_one_revision_only(fetch, folder, hub):
     assert set(there(folder)) == {VAL, TRAIN[0]}
 
 
-def test_a_damaged_record_is_asked_for_again(fetch, folder, shards):
+def test_a_damaged_record_is_asked_for_again(fetch, folder):
     fetch(1)
     (folder / "revision.json").write_text('{"revision": "ma')
     assert fetch(1)[:2] == (0, []) and len(there(folder)) == 2
@@ -167,7 +166,6 @@ BAD_COPIES = {
     "truncated": lambda content: content[: len(content) // 2],
     "one byte longer": lambda content: content + b"x",
     "one bit wrong": lambda content: content[:70_000] + bytes([content[70_000] ^ 1]) + content[70_001:],
-    "empty": lambda content: b"",
 }
 
 
@@ -193,20 +191,20 @@ def test_a_shard_that_arrives_damaged_is_never_under_its_name(fetch, folder, hub
     assert fetch(2)[0] == 0 and there(folder)[TRAIN[0]] == shards[TRAIN[0]]
 
 
-@pytest.mark.parametrize("path", ["/datasets/", "/blobs/"])
-@pytest.mark.parametrize("status", [503, 500, 429])
+@pytest.mark.parametrize("path, status", [("/datasets/", 500), ("/datasets/", 429), ("/blobs/", 503)])
 def test_a_server_that_is_busy_twice_is_asked_again(fetch, folder, hub, shards, path, status):
     hub.status[path] = [status, status]
     assert fetch(0)[:2] == (0, [])
     assert there(folder) == {VAL: shards[VAL]}
 
 
-@pytest.mark.parametrize("path", ["/api/datasets/", "/datasets/", "/blobs/"])
-@pytest.mark.parametrize("status, fragments", [
-    (401, ["401", "no access", "hf auth login"]),
-    (403, ["403", "no access", "HF_TOKEN"]),
-    (404, ["404", "no such dataset, revision or file", "HF_ENDPOINT"]),
-    (503, ["503", "start again"]),
+@pytest.mark.parametrize("path, status, fragments", [
+    ("/api/datasets/", 401, ["401", "no access", "hf auth login"]),
+    ("/datasets/", 403, ["403", "no access", "HF_TOKEN"]),
+    ("/datasets/", 404, ["404", "no such dataset, revision or file", "HF_ENDPOINT"]),
+    ("/api/datasets/", 503, ["503", "start again"]),
+    ("/blobs/", 403, ["403", "no access", "HF_TOKEN"]),
+    ("/blobs/", 503, ["503", "start again"]),
 ])
 def test_what_fails_for_good_is_one_line(fetch, folder, hub, path, status, fragments):
     hub.status[path] = [status, None]
@@ -285,14 +283,20 @@ def wait_until_sent(hub, process, size):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_leaves_no_bad_shard_and_no_rest(start, hub, shards):
-    hub.rate, rng = 400_000, random.Random(0)
-    for _ in range(5):
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_rest(start, hub, shards, number, times):
+    """It does not wait for what is being fetched. A later call brings the rest."""
+    hub.rate, rng = 200_000, random.Random(0)
+    for _ in range(times):
         process, before = start(4), sum(hub.sent.values())
-        wait_until_sent(hub, process, before + rng.randrange(1, 400_000))
-        process.kill()
-        process.communicate()
-        assert all(content == shards[name] for name, content in there(process.folder).items())
+        missing = sum(len(content) for name, content in shards.items() if name not in there(process.folder))
+        wait_until_sent(hub, process, before + rng.randrange(1, missing * 3 // 4))
+        process.send_signal(number)
+        _, errors = process.communicate()
+        assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in errors
+        assert number == signal.SIGKILL or errors.endswith("cached_fineweb10B.py: interrupted\n")
+        assert there(process.folder).items() < shards.items()
     hub.rate = None
     process = start(4)
     process.communicate()
@@ -301,25 +305,9 @@ def test_killed_at_any_moment_it_leaves_no_bad_shard_and_no_rest(start, hub, sha
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_in_one_line_and_a_later_call_goes_on(start, hub, shards):
-    hub.rate = 20_000
-    process = start(1)
-    wait_until_sent(hub, process, 5_000)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert errors.splitlines()[-1].endswith("cached_fineweb10B.py: interrupted") and there(process.folder) == {}
-    assert sum(hub.sent.values()) < len(shards[VAL])  # it did not wait for what was being fetched
-    hub.rate = None
-    process = start(1)
-    process.communicate()
-    assert process.returncode == 0 and there(process.folder) == {name: shards[name] for name in (VAL, TRAIN[0])}
-
-
-@pytest.mark.slow
-def test_of_several_at_once_one_fetches(start, hub, shards):
+def test_of_two_at_once_one_fetches(start, hub, shards):
     hub.rate = 400_000
-    processes = [start(4) for _ in range(3)]
+    processes = [start(4) for _ in range(2)]
     for process in processes:
         process.communicate()
         assert process.returncode == 0

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import fake_training
 import pytest
+from faults import Ranks
 from helpers import ROOT, TRAIN_LINE, VAL_LINE
 
 from configs import launch
@@ -34,7 +35,9 @@ def signals_as_in_a_terminal():
 
 @pytest.fixture
 def folder(tmp_path):
-    return tmp_path
+    """With a space in its name, and so in those of configs and logs."""
+    (tmp_path / "a folder").mkdir()
+    return tmp_path / "a folder"
 
 
 def write_configs(folder, **configs):
@@ -49,16 +52,23 @@ def start(folder, *arguments, **options):
     return subprocess.Popen([*FAKE, str(folder), *map(str, arguments)], text=True, **options)
 
 
+def start_waiting(folder, **options):
+    """A queue whose first run waits for a signal, and has begun to; with a second config."""
+    process = start(folder, *write_configs(folder, one=dict(how="wait"), two={}), **options)
+    wait_for(folder / "waiting", process)
+    return process
+
+
 def finish(process):
     output, errors = process.communicate()
     return SimpleNamespace(status=process.returncode, out=output, err=errors)
 
 
 @pytest.fixture
-def queue(tmp_path, monkeypatch, capfd):
+def queue(folder, monkeypatch, capfd):
     """Runs a queue in this process, and returns its exit status and what it and its runs printed."""
 
-    def run(*arguments, folder=tmp_path, cwd=ROOT):
+    def run(*arguments, folder=folder, cwd=ROOT):
         for module, name in ((status, "FOLDER"), (launch, "TORCHRUN")):
             monkeypatch.setattr(module, name, None)  # to be put back after the test
         monkeypatch.chdir(cwd)
@@ -73,7 +83,6 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    return path
 
 
 def started(folder):
@@ -102,7 +111,7 @@ def test_run_0_of_all_configs_comes_before_run_1_of_any(queue, folder):
     result = queue(*write_configs(folder, one={}, two={}), "-n", 2)
     assert result.status == 0 and result.err == ""
     assert started_logs(folder) == ["one/000.txt", "two/000.txt", "one/001.txt", "two/001.txt"]
-    assert re.findall(r"run (\d) of 4: \S+/(\w+/\d+).txt; projected end", result.out) == [
+    assert re.findall(r"run (\d) of 4: .*/(\w+/\d+).txt; projected end", result.out) == [
         ("1", "one/000"), ("2", "two/000"), ("3", "one/001"), ("4", "two/001")]
 
 
@@ -133,10 +142,12 @@ def test_a_run_that_is_done_is_not_started_again(queue, folder, how, summary):
     ("kill", "signal SIGKILL"),
 ])
 def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_reason(queue, folder, how, reason):
+    """What the runs print passes through."""
     result = queue(*write_configs(folder, one=dict(how=how), two={}))
     assert result.status == 1 and started_logs(folder) == ["one/000.txt", "two/000.txt"]
     assert result.err.splitlines()[-1] == f"run.sh: {folder}/logs/one/000.txt: failed: {reason}"
     assert "1 finished, 0 diverged, 1 failed; the same command does what is left" in result.out
+    assert "the last line of a run" in result.out and ("a warning\n" in result.err) == (how == "refuse")
 
 
 def test_the_reason_is_not_that_of_an_earlier_attempt(queue, folder):
@@ -146,49 +157,39 @@ def test_the_reason_is_not_that_of_an_earlier_attempt(queue, folder):
     assert "failed: its checkpoint is damaged" in queue(*configs).err
 
 
-def test_what_a_run_prints_passes_through(queue, folder):
-    result = queue(*write_configs(folder, one=dict(how="refuse"), two={}))
-    assert "the last line of a run" in result.out and "a warning\n" in result.err
-
-
-@pytest.mark.parametrize("given, threads, timeout", [
-    ({}, "4", "300"),
-    ({"OMP_NUM_THREADS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, "3", "60"),
-])
-def test_ranks_share_the_cores_and_have_time_for_a_checkpoint(queue, folder, monkeypatch, given, threads, timeout):
-    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("given, expected", [([None, None], ["4", "300"]), (["3", "60"], ["3", "60"])])
+def test_ranks_share_the_cores_and_have_time_for_a_checkpoint(queue, folder, monkeypatch, given, expected):
+    names = "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    for name, value in zip(names, given):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     queue(*write_configs(folder, one={}))
-    run = started(folder)[0]
-    assert (run["OMP_NUM_THREADS"], run["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == (threads, timeout)
+    assert [started(folder)[0][name] for name in names] == expected
 
 
-@pytest.mark.parametrize("arguments", [
-    ["-n", "2", "one.toml", "--num_iterations", "7"],
-    ["--num_iterations", "7", "one.toml", "-n", "2"],
-    ["--num_iterations=7", "-n2", "one.toml"],
+@pytest.mark.parametrize("arguments, logs", [
+    (["-n", "2", "one.toml", "--num_iterations", "7"], ["one/000.txt", "one/001.txt"]),
+    (["--num_iterations=7", "--run_id=7", "one.toml"], ["one/007.txt"]),
 ])
-def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(queue, folder, arguments):
+def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(queue, folder, arguments, logs):
     write_configs(folder, one={})
     result = queue(*arguments, cwd=folder)
-    assert result.status == 0, result.err
-    assert started_logs(folder) == ["one/000.txt", "one/001.txt"]
-    assert "num_iterations = 7\n" in (folder / "logs/one/001.txt").read_text()
+    assert result.status == 0 and started_logs(folder) == logs, result.err
+    assert all("num_iterations = 7\n" in (folder / "logs" / log).read_text() for log in logs)
 
 
-def test_names_may_have_spaces(queue, tmp_path):
-    folder = tmp_path / "a folder"
-    folder.mkdir()
-    result = queue(*write_configs(folder, **{"my config": {}}), folder=folder)
-    assert result.status == 0 and is_finished(folder / "logs" / "my config" / "000.txt")
-
-
-def test_check_starts_nothing(queue, folder):
-    result = queue(*write_configs(folder, one={}, two={}), "--check")
+def test_check_starts_and_fetches_nothing(queue, folder):
+    configs = write_configs(folder, one={}, two={})
+    result = queue(*configs, "--check")
     assert result.status == 0 and "description of one" in result.out and "description of two" in result.out
-    assert "ranks: 2 of 8 CPU cores" in result.out and list(folder.glob("logs")) == []
+    assert "ranks: 2 of 8 CPU cores" in result.out
+    write_configs(folder, two=dict(fetch=["-c", f"open('{folder}/shard', 'x')"]))
+    result = queue(*configs, "--check")
+    assert result.status == 2 and "no shards" in result.err
+    assert sorted(path.name for path in folder.iterdir()) == ["one.toml", "two.toml"]
+
+
+def test_help_is_the_programs(folder):
+    assert finish(start(folder, "-n", 2, "--help")).out == "the keys\n"
 
 
 # -----------------------------------------------------------------------------
@@ -216,17 +217,12 @@ def test_a_mistake_is_one_line_before_the_first_run(queue, folder, arguments, fr
     assert not (folder / "logs").exists()
 
 
-def test_run_id_is_the_number_of_each_configs_run(queue, folder):
-    assert queue(*write_configs(folder, one={}, two={}), "--run_id", 7).status == 0
-    assert started_logs(folder) == ["one/007.txt", "two/007.txt"]
-
-
 @pytest.mark.parametrize("changes, fragment", [
     (dict(value_embeddings=[[3]]), "value_embeddings is [[3]], but was [[0, 13]]"),
     (dict(new_key=1), "new_key is 1, but was null"),
     (dict(description="other words", seed=3), None),
 ])
-def test_a_run_is_not_put_beside_finished_runs_of_another_experiment(queue, folder, changes, fragment):
+def test_a_run_is_not_put_beside_finished_runs_of_another_configuration(queue, folder, changes, fragment):
     configs = write_configs(folder, one={})
     queue(*configs)
     write_configs(folder, one=changes)
@@ -237,40 +233,27 @@ def test_a_run_is_not_put_beside_finished_runs_of_another_experiment(queue, fold
     assert len(started(folder)) == (1 if fragment else 2)
 
 
-def test_finished_runs_of_another_program_text_are_moved_by_the_command_in_the_error(queue, tmp_path):
-    folder = tmp_path / "a folder"
-    folder.mkdir()
+def test_finished_runs_of_another_program_text_are_moved_by_the_command_in_the_error(queue, folder):
     configs = write_configs(folder, one={})
-    queue(*configs, folder=folder)
+    queue(*configs)
     log = folder / "logs" / "one" / "000.txt"
     log.write_text(log.read_text().replace("training", "something else"))
-    errors = queue(*configs, folder=folder).err
+    errors = queue(*configs).err
     assert len(errors.splitlines()) == 1 and "the program text is not the one in the finished run" in errors
     subprocess.run(errors.rpartition("folder: ")[2], shell=True, check=True)
-    assert queue(*configs, folder=folder).status == 0 and len(started(folder)) == 2
+    assert queue(*configs).status == 0 and len(started(folder)) == 2
     assert [path.name for path in sorted((folder / "logs").iterdir())] == ["one", "one.1"]
 
 
 @pytest.mark.parametrize("command, expected, fragment", [
-    (["-c", "open('{folder}/shard', 'x')"], 0, ""),
-    (["-c", "open('{folder}/tried', 'a').write('x')"], 2, "no shards; to get them: python -c"),
-    (["-c", "raise SystemExit(1)"], 2, "failed, as the lines above say"),
+    ("open('{folder}/shard', 'x')", 0, ""),
+    ("open('{folder}/tried', 'a').write('x')", 2, "no shards; to get them: python -c"),
+    ("raise SystemExit(1)", 2, "failed, as the lines above say"),
 ])
 def test_missing_data_is_fetched_once(queue, folder, command, expected, fragment):
-    command = [word.replace("{folder}", str(folder)) for word in command]
-    result = queue(*write_configs(folder, one=dict(fetch=command)))
+    result = queue(*write_configs(folder, one=dict(fetch=["-c", command.replace("{folder}", str(folder))])))
     assert result.status == expected and fragment in result.err and len(result.err.splitlines()) == (expected == 2)
     assert not (folder / "tried").exists() or (folder / "tried").read_text() == "x"
-
-
-def test_check_fetches_nothing(queue, folder):
-    command = ["-c", f"open('{folder}/shard', 'x')"]
-    result = queue(*write_configs(folder, one=dict(fetch=command)), "--check")
-    assert result.status == 2 and "no shards" in result.err and not (folder / "shard").exists()
-
-
-def test_help_is_the_programs(folder):
-    assert finish(start(folder, "-n", 2, "--help")).out == "the keys\n"
 
 
 # -----------------------------------------------------------------------------
@@ -279,8 +262,7 @@ def test_help_is_the_programs(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_for_the_process_group_reaches_the_run_as_one_sigterm(folder, number):
-    process = start(folder, *write_configs(folder, one=dict(how="wait"), two={}))
-    wait_for(folder / "waiting", process)
+    process = start_waiting(folder)
     os.killpg(process.pid, number)
     result = finish(process)
     assert result.status == 128 + number and (folder / "signals").read_text() == "SIGTERM\n"
@@ -289,41 +271,32 @@ def test_a_signal_for_the_process_group_reaches_the_run_as_one_sigterm(folder, n
     assert f"stopped by {number.name}; the same command does what is left" in result.out
 
 
-def test_a_terminal_that_is_closed_may_send_sighup_twice(folder):
-    process = start(folder, *write_configs(folder, one=dict(how="wait")))
-    wait_for(folder / "waiting", process)
-    process.send_signal(signal.SIGHUP)
-    wait_for(folder / "signals", process)
-    process.send_signal(signal.SIGHUP)
-    assert "stopped, with a checkpoint" in finish(process).err and (folder / "signals").read_text() == "SIGTERM\n"
-
-
-def test_a_second_ctrl_c_ends_at_once(folder):
+@pytest.mark.parametrize("number, end", [
+    (signal.SIGINT, "signal SIGKILL"), (signal.SIGHUP, "stopped, with a checkpoint")])
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sighup_does_not(folder, number, end):
+    """A terminal that is closed may send it twice."""
     (folder / "keep").touch()  # so that the run does not end by SIGTERM
-    process = start(folder, *write_configs(folder, one=dict(how="wait")))
-    wait_for(folder / "waiting", process)
-    process.send_signal(signal.SIGINT)
+    process = start_waiting(folder)
+    process.send_signal(number)
     wait_for(folder / "signals", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
+    if number == signal.SIGHUP:
+        (folder / "keep").unlink()
     result = finish(process)
-    assert result.status == 130 and "one/000.txt: signal SIGKILL" in result.err
-    assert not is_alive(started(folder)[0]["pid"])
+    assert result.status == 128 + number and f"one/000.txt: {end}" in result.err
+    assert (folder / "signals").read_text() == "SIGTERM\n" and not is_alive(started(folder)[0]["pid"])
 
 
 def test_under_nohup_a_closed_terminal_changes_nothing(folder):
-    process = start(folder, *write_configs(folder, one=dict(how="wait")),
-                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    wait_for(folder / "waiting", process)
+    process = start_waiting(folder, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
     assert finish(process).status == 128 + signal.SIGTERM
 
 
 def test_a_second_queue_is_refused_with_the_process_of_the_first(queue, folder):
-    configs = write_configs(folder, one=dict(how="wait"))
-    process = start(folder, *configs)
-    wait_for(folder / "waiting", process)
-    second = queue(*configs)
+    process = start_waiting(folder)
+    second = queue(folder / "one.toml")
     assert second.status == 2 and len(second.err.splitlines()) == 1 and second.out == ""
     assert f"a queue runs on this machine already, process {process.pid}" in second.err
     process.terminate()
@@ -333,33 +306,24 @@ def test_a_second_queue_is_refused_with_the_process_of_the_first(queue, folder):
 
 def test_the_next_queue_waits_until_the_run_of_a_killed_one_has_stopped(folder):
     (folder / "keep").touch()
-    configs = write_configs(folder, one=dict(how="wait"))
-    process = start(folder, *configs)
-    wait_for(folder / "waiting", process)
+    process = start_waiting(folder)
     process.kill()
     process.wait()
-    write_configs(folder, one={})
-    following = start(folder, *configs)
+    following = start(folder, *write_configs(folder, one={}))
     assert "waiting until" in following.stdout.readline()
     assert len(started(folder)) == 1 and (folder / "signals").read_text() == "SIGTERM\n"
     (folder / "keep").unlink()
     assert finish(following).status == 0 and len(started(folder)) == 2
 
 
-def test_a_queue_goes_on_when_nobody_reads_its_output(folder):
+def test_a_queue_goes_on_when_nobody_reads_its_output_or_the_disk_is_full(folder):
+    """Then its state cannot be written either."""
     reader, writer = os.pipe()
     os.close(reader)
     configs = write_configs(folder, one=dict(how="refuse"), two={})
-    process = start(folder, *configs, "-n", 2, stdout=writer, stderr=writer)
-    os.close(writer)
-    assert process.wait() == 1 and len(started(folder)) == 4
-
-
-def test_a_full_disk_does_not_stop_the_queue(folder):
-    """Its state cannot be written, nor its output."""
-    with open("/dev/full", "w") as full:
-        process = start(folder, *write_configs(folder, one={}, two={}), stdout=full, stderr=full)
-        assert process.wait() == 0 and len(started(folder)) == 2
+    with open(writer, "w") as nobody, open("/dev/full", "w") as full:
+        assert start(folder, *configs, stdout=nobody, stderr=nobody).wait() == 1 and len(started(folder)) == 2
+        assert start(folder, *configs, "-n", 2, stdout=full, stderr=full).wait() == 1 and len(started(folder)) == 5
 
 
 def test_where_the_state_cannot_be_written_the_error_is_one_line(queue, folder):
@@ -368,15 +332,10 @@ def test_where_the_state_cannot_be_written_the_error_is_one_line(queue, folder):
     assert result.status == 2 and len(result.err.splitlines()) == 1 and "make it writable" in result.err
 
 
-# -----------------------------------------------------------------------------
-# Notifications
-
-
-def test_a_command_gets_the_line_of_each_run_and_of_the_end(queue, folder):
+def test_notify_gets_the_line_of_each_run_and_of_the_end(queue, folder):
     script, lines = folder / "notify.sh", folder / "lines"
     script.write_text(f'echo "$1|$2" >> "{lines}"; echo noise; echo noise >&2; exit 1')
-    configs = write_configs(folder, one={}, two=dict(how="fail"))
-    result = queue(*configs, "--notify", f"sh {script} 'a word'")
+    result = queue(*write_configs(folder, one={}, two=dict(how="fail")), "--notify", f"sh '{script}' 'a word'")
     assert lines.read_text().splitlines() == [
         f"a word|run 1 of 2: {folder}/logs/one/000.txt: finished, "
         "step:4/4 val_loss:2.919300 train_time:8000ms step_avg:2000.00ms",
@@ -390,96 +349,32 @@ def test_a_command_gets_the_line_of_each_run_and_of_the_end(queue, folder):
 # The real program
 
 
-@pytest.fixture
-def real_configs(small_config, tmp_path):
-    """Two configs of a few steps: one rank, so that the queue is quick."""
-    text = small_config(num_iterations=12, val_loss_every=4, val_seq_len=128, val_tokens=128, sequences_per_step=1,
-                        checkpoint_every=2).read_text()
-    paths = [tmp_path / f"{name}.toml" for name in ("one", "two")]
-    for path, tables in zip(paths, ("[]", "[[0, 13]]")):
-        path.write_text(f"{text}\nvalue_embeddings = {tables}")
-    return paths
-
-
-def start_real(*arguments):
-    """In a session of its own, so that all of its processes can be found."""
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    return subprocess.Popen([ROOT / "run.sh", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def results(folder):
-    """{log: (validation losses by step, steps of the training lines)} of the logs below a folder, all finished."""
-    logs = sorted(folder.glob("*/*.txt"))
-    assert all(map(is_finished, logs))
-    return {str(log.relative_to(folder)): ([m.group(1, 3) for m in VAL_LINE.finditer(log.read_text())],
-                                           [m[1] for m in TRAIN_LINE.finditer(log.read_text())]) for log in logs}
-
-
-def descendants(pid):
-    """The processes that a process started, those that they started, and so on."""
-    try:
-        children = [int(child) for task in os.listdir(f"/proc/{pid}/task")
-                    for child in open(f"/proc/{pid}/task/{task}/children").read().split()]
-    except OSError:  # it has ended
-        return []
-    return [process for child in children for process in (child, *descendants(child))]
-
-
-def kill_all(pids):
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.campaign)])
-def test_a_queue_killed_again_and_again_ends_with_the_logs_of_an_undisturbed_one(real_configs, tmp_path, kills):
-    """The queue alone, politely, or all of its processes; and the same command again."""
-    undisturbed = finish(start_real(*real_configs, "--log_dir", tmp_path / "undisturbed"))
-    assert undisturbed.status == 0, undisturbed.err
-    rng = random.Random(0)
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.campaign)])
+def test_a_killed_queue_ends_with_the_log_of_an_undisturbed_run(small_config, tmp_path, kills):
+    """At a random step, every second time politely; and the same command again."""
+    config = small_config(num_iterations=24 * kills, val_loss_every=12, val_seq_len=128, val_tokens=128,
+                          sequences_per_step=1, checkpoint_every=2)
+    log, rng = tmp_path / "logs" / "small" / "000.txt", random.Random(0)
+
+    def start_real():
+        environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+        return subprocess.Popen([ROOT / "run.sh", config], cwd=ROOT, env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
     for kill in range(kills):
-        process = start_real(*real_configs)
-        assert "run.sh: run 1 of" in process.stdout.readline()
-        time.sleep(rng.uniform(0, 8))
-        if kill % 3 == 0:
-            process.kill()
-        elif kill % 3 == 1:
-            process.terminate()
-        else:
-            kill_all([process.pid, *descendants(process.pid)])
+        process, line = start_real(), f"step:{24 * kill + rng.randrange(2, 12)}/{24 * kills} train_time"
+        while not log.exists() or line not in log.read_text():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal((signal.SIGKILL, signal.SIGTERM)[kill % 2])
         finish(process)
-    last = finish(start_real(*real_configs))
+    last = finish(start_real())
     assert last.status == 0, last.err
-    assert results(tmp_path / "logs") == results(tmp_path / "undisturbed")
-    files = [path.name for path in (tmp_path / "logs").rglob("*") if path.is_file() and ".interrupted" not in path.name]
-    assert files == len(real_configs) * ["000.txt"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments, fragment", [
-    (["configs/nowhere.toml"], "configs/nowhere.toml: no such"),
-    (["configs/baseline.toml", "--value_embeddings", "[[0,", "15]]"], "quote"),
-])
-def test_the_real_program_says_a_mistake_in_one_line_and_starts_nothing(arguments, fragment):
-    result = finish(start_real(*arguments))
-    assert result.status == 2 and result.out == ""
-    assert len(result.err.splitlines()) == 1 and fragment in result.err
-
-
-@pytest.mark.slow
-def test_the_embedded_default_trains_on_a_cpu(tmp_path):
-    """In a copy of the repository without data: far below a model of byte frequencies after all of its steps."""
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([clone / "run.sh"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "configs/baseline.toml --scale tiny" in result.stdout.splitlines()[0]
-    byte_frequency_loss = float(re.search(r"only byte frequencies has validation loss (\d+\.\d+)", result.stdout)[1])
-    losses = [float(match[3]) for match in VAL_LINE.finditer((clone / "logs/tiny/baseline/000.txt").read_text())]
-    assert len(losses) == 5 and losses == sorted(losses, reverse=True) and losses[-1] < byte_frequency_loss - 1
+    undisturbed = Ranks(tmp_path / "output", config, "--run_id", 0, "--log_dir", tmp_path / "undisturbed")
+    assert undisturbed.statuses() == [0] and is_finished(log)
+    losses, expected = ([match.group(1, 3) for match in VAL_LINE.finditer(path.read_text())]
+                        for path in (log, tmp_path / "undisturbed" / "small" / "000.txt"))
+    assert losses == expected and "resumed at step" in log.read_text()
+    assert [int(match[1]) for match in TRAIN_LINE.finditer(log.read_text())] == list(range(1, 24 * kills + 1))
+    assert [path.name for path in log.parent.iterdir()] == ["000.txt"]

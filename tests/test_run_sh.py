@@ -68,15 +68,12 @@ def activate(python, bin_folder):
     write_script(bin_folder / "python3", f'exec "{python}" "$@"')
 
 
-def test_an_active_python_with_the_packages_is_used(clone, bin_folder, tmp_path):
-    python = make_python(tmp_path / "active", **COMPLETE)
-    activate(python, bin_folder)
-    assert run([clone / "run.sh"], bin_folder, "a b.toml", "-n", "2") == (0, [f"{python} --queue a b.toml -n 2"])
-
-
-def test_a_complete_venv_is_used_whatever_python3_is(clone, bin_folder):
-    python = make_python(clone / ".venv", **COMPLETE)
-    assert run([clone / "run.sh"], bin_folder) == (0, [f"{python} --queue"])
+def test_an_active_python_with_the_packages_is_used_unless_venv_is_complete(clone, bin_folder, tmp_path):
+    active = make_python(tmp_path / "active", **COMPLETE)
+    activate(active, bin_folder)
+    assert run([clone / "run.sh"], bin_folder, "a b.toml", "-n", "2") == (0, [f"{active} --queue a b.toml -n 2"])
+    venv = make_python(clone / ".venv", **COMPLETE)
+    assert run([clone / "run.sh"], bin_folder) == (0, [f"{venv} --queue"])
 
 
 @pytest.mark.parametrize("changes, lacking", [

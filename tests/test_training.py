@@ -1,5 +1,6 @@
 """The step, the loop and the log of a run. The golden trajectories are in test_golden.py."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden import golden_weights
-from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_losses, weights_and_states, write_config
+from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_losses, weights_and_states
 
 import train_gpt_medium as train
 from data.batches import train_batches
@@ -49,11 +50,6 @@ def test_a_parameter_without_a_gradient_is_named(small_config, process_group):
         trainer.train_step(0, *batch)
 
 
-def test_runs_of_one_seed_are_equal_and_of_another_differ(small_config, process_group):
-    weights = [start_trainer(small_config(), seed=seed).model.embed.weight for seed in (3, 3, 4)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
 def test_warm_up_leaves_no_trace(small_config, process_group):
     """As if it had not run: right after it, and after two steps and a validation more, to the last bit."""
     results = []
@@ -72,10 +68,10 @@ def test_warm_up_leaves_no_trace(small_config, process_group):
 
 
 def test_the_warm_up_runs_training_and_validation(small_config, process_group):
-    trainer, seen = start_trainer(small_config(), warmup_steps=2), []
+    trainer, seen = start_trainer(small_config(sequences_per_step=1), warmup_steps=2), []
     trainer.model.register_forward_hook(lambda module, args, loss: seen.append((len(args[0]), loss.requires_grad)))
     trainer.warm_up()
-    assert seen == [(128, True)] * 8 + [(256, False)]
+    assert seen == [(128, True)] * 2 + [(256, False)]
 
 
 # -----------------------------------------------------------------------------
@@ -98,7 +94,7 @@ def change(trainer, **keys):
     trainer.hp = train.replace(trainer.hp, **keys)
 
 
-@pytest.mark.parametrize("every, steps", [(0, [6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (10, [0, 6])])
+@pytest.mark.parametrize("every, steps", [(0, [6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6])])
 def test_validations_are_at_step_0_every_so_often_and_at_the_last(trainer, tmp_path, every, steps):
     change(trainer, val_loss_every=every)
     assert list(val_losses(train_to_end(trainer, tmp_path / "log.txt"))) == steps
@@ -118,7 +114,7 @@ def test_the_clock_runs_over_training_only_and_waits_for_all_ranks(trainer, tmp_
                               "checkpoint 4", "barrier", "step", "step", *validation]
 
 
-@pytest.mark.parametrize("every, steps", [(0, []), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (7, [])])
+@pytest.mark.parametrize("every, steps", [(0, []), (1, [1, 2, 3, 4, 5, 6]), (4, [4])])
 def test_checkpoint_every(trainer, tmp_path, every, steps):
     change(trainer, checkpoint_every=every)
     train_to_end(trainer, tmp_path / "log.txt")
@@ -129,42 +125,22 @@ def test_checkpoint_every(trainer, tmp_path, every, steps):
 # The log of a whole run
 
 
-@pytest.fixture(scope="module")
-def finished_run(run_main, small_data, tmp_path_factory):
-    """A run of 4 steps: (its config's keys, the log's text)."""
-    folder = tmp_path_factory.mktemp("finished_run")
-    keys = dict(train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
-                log_dir=f"{folder}/logs", vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128,
-                val_seq_len=256, val_tokens=256, num_iterations=4, val_loss_every=3, warmup_steps=1,
-                description='quotes " and ünicode', cooldown_frac=0.5)
-    config = write_config(folder / "short.toml", **keys)
+def test_the_log_of_a_run_from_its_first_line_to_its_last(run_main, small_config, tmp_path):
+    """Program text, resolved configuration, environment, a line for each step and validation, and how it ended."""
+    config = small_config(val_tokens=256, val_loss_every=3, warmup_steps=1, description='quotes " and ünicode')
     assert run_main(config, "--seed", 5, "--sequences_per_step", 2) == 0
-    return keys, (folder / "logs" / "short" / "000.txt").read_text()
-
-
-def test_the_log_begins_with_program_and_resolved_configuration(finished_run, tmp_path):
-    keys, text = finished_run
-    (tmp_path / "log.txt").write_text(text)
-    code, configuration = log_file.read_header(tmp_path / "log.txt")
+    path = tmp_path / "logs" / "small" / "000.txt"
+    code, configuration = log_file.read_header(path)
+    words = (line.partition(" = ") for line in config.read_text().splitlines())
+    keys = {name: json.loads(value) for name, _, value in words}
     assert code == machine.program_text()
     assert configuration == vars(train.Hyperparameters()) | keys | dict(seed=5, run_id=0, sequences_per_step=2)
-
-
-def test_the_log_names_the_environment_and_draws_the_map(finished_run):
-    hp, text = train.Hyperparameters(vocab_size=256, num_heads=1, model_dim=128), finished_run[1]
-    environment = text.split(f"{log_file.RULE}\n")[2]
+    _, _, environment, lines = path.read_text().split(f"{log_file.RULE}\n")
     assert f"Running PyTorch {torch.__version__}" in environment and "device: 1 rank, CPU" in environment
-    assert train.describe_run(hp) in environment
-
-
-def test_every_step_and_validation_has_its_line(finished_run):
-    _, text = finished_run
-    assert [(int(match[1]), int(match[2])) for match in VAL_LINE.finditer(text)] == [(0, 4), (3, 4), (4, 4)]
-    assert [(int(match[1]), int(match[2])) for match in TRAIN_LINE.finditer(text)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_the_log_ends_with_peak_memory_and_how_it_ended(finished_run):
-    *_, peak, ended = finished_run[1].splitlines()
+    assert train.describe_run(train.Hyperparameters(**configuration)) in environment
+    assert [(int(match[1]), int(match[2])) for match in VAL_LINE.finditer(lines)] == [(0, 4), (3, 4), (4, 4)]
+    assert [(int(match[1]), int(match[2])) for match in TRAIN_LINE.finditer(lines)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    *_, peak, ended = lines.splitlines()
     assert re.fullmatch(r"peak memory resident: \d+ MiB", peak) and ended.endswith(": finished")
 
 
@@ -175,13 +151,10 @@ def test_run_ids_count_up_and_are_the_seed(run_main, small_config, tmp_path):
     assert [(configuration["run_id"], configuration["seed"]) for configuration in found] == [(0, 9), (1, 1)]
 
 
-@pytest.mark.parametrize("options, complaint", [
-    (["--log_dir", "{folder}/small.toml"], "log_dir: cannot write logs below"),
-    (["--log_dir", "{folder}/link"], "log_dir: cannot write logs below"),
-])
-def test_a_log_that_cannot_be_begun_is_a_mistake(run_main, small_config, tmp_path, capsys, options, complaint):
+@pytest.mark.parametrize("log_dir", ["small.toml", "link"])
+def test_a_log_that_cannot_be_begun_is_a_mistake(run_main, small_config, tmp_path, capsys, log_dir):
     """The link leads nowhere, as where a volume is not mounted."""
     (tmp_path / "link").symlink_to("/nowhere")
-    assert run_main(small_config(), *(str(option).format(folder=tmp_path) for option in options)) == 2
+    assert run_main(small_config(), "--log_dir", tmp_path / log_dir) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and f"small.toml: {complaint.format(folder=tmp_path)}" in errors[0]
+    assert len(errors) == 1 and "small.toml: log_dir: cannot write logs below" in errors[0]
