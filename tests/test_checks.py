@@ -82,10 +82,6 @@ def test_weights_of_another_map_are_refused_with_what_differs(check, small_confi
                     f"small.toml: init_from: {path}: parameter blocks.0.attn.ve_gate_w is missing (6 in all)")
 
 
-# -----------------------------------------------------------------------------
-# Ranks
-
-
 def hyperparameters(**keys):
     return train.Hyperparameters(**dict(sequences_per_step=4, val_tokens=4096, val_seq_len=512) | keys)
 
@@ -105,10 +101,6 @@ def test_torchrun_restarts_only_a_run_with_a_number(monkeypatch):
     check_keys_together(hyperparameters(run_id=0), 1)
     with pytest.raises(ValueError, match="run_id: torchrun restarts only a run with a number; give --run_id"):
         check_keys_together(hyperparameters(run_id=None), 1)
-
-
-# -----------------------------------------------------------------------------
-# The drawing of the map
 
 
 def test_the_drawing_of_the_baseline_to_the_letter():

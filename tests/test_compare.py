@@ -46,10 +46,6 @@ def sections(text):
     return [part.splitlines() for part in text.split("\n\n")]
 
 
-# -----------------------------------------------------------------------------
-# The published runs
-
-
 @pytest.fixture(scope="module")
 def published():
     """What the one command of the README prints."""
@@ -84,10 +80,6 @@ def test_the_published_tests_of_the_record_stand_in_the_sentences(published):
     assert "record: yes (t -5.88, p 5.07e-07, 95% bound 2.919370)" in published
 
 
-# -----------------------------------------------------------------------------
-# Is it better, is it real, does it pay?
-
-
 def test_the_json_fields(two, capsys):
     found = as_json(capsys, two)
     assert list(found[None]) == ["target", "baseline", "configurations"]
@@ -105,10 +97,8 @@ def test_the_figures_in_json(two, capsys):
     versus = found["versus_baseline"]
     assert found["final_loss_mean"] == pytest.approx(2.89 + 0.0005 / 3) and (found["runs"], found["missed"]) == (3, 0)
     assert (found["total_time_mean"], found["total_time_std"], found["step_avg_ms"]) == (pytest.approx(4.4), 0, 110)
-    for measure in ("loss", "time"):
-        middle = (versus[f"delta_{measure}_low"] + versus[f"delta_{measure}_high"]) / 2
-        assert middle == pytest.approx(versus[f"delta_{measure}"])
-    assert versus["p_loss"] < 0.001 and versus["delta_loss_high"] < 0
+    assert versus["delta_time_low"] + versus["delta_time_high"] == pytest.approx(2 * versus["delta_time"])
+    assert versus["p_loss"] < 0.001 and versus["delta_loss_low"] < versus["delta_loss"] < versus["delta_loss_high"] < 0
 
 
 def test_break_even_is_the_step_time_that_ties(two, capsys):
@@ -174,10 +164,6 @@ def test_runs_of_which_none_has_finished_are_a_table(tmp_path, capsys):
         write(tmp_path / name / "0.txt", result_lines([10.0, 4.5], total=40))
     status, out, errors = run(capsys, tmp_path)
     assert (status, len(sections(out)[1]), errors) == (0, 4, [])
-
-
-# -----------------------------------------------------------------------------
-# Other outputs, and mistakes
 
 
 def test_csv_holds_every_validation(two, capsys):

@@ -24,10 +24,6 @@ def write_log(path, *lines):
     return log
 
 
-# -----------------------------------------------------------------------------
-# Lines
-
-
 @pytest.mark.parametrize("line, expected", [
     (val_line(125, 5960, 4.32568, 27923.4), "step:125/5960 val_loss:4.325680 train_time:27923ms step_avg:223.39ms"),
     (val_line(0, 5960, 10.82584, 0.17), "step:0/5960 val_loss:10.825840 train_time:0ms step_avg:0.17ms"),
@@ -77,10 +73,6 @@ def test_the_header_is_read_as_it_was_written(path):
     assert re.fullmatch(r"Running Python\na map\nstarted: \S+ \S+ on \S+\n", environment) and rest == ""
 
 
-# -----------------------------------------------------------------------------
-# Numbers, lock, and interrupted runs
-
-
 @pytest.mark.parametrize("taken, expected", [
     ([], 0), (["000.txt", "001.txt", "003.txt"], 2), (["000.resume.ckpt", "001.ckpt", "002.txt.interrupted"], 3)])
 def test_a_new_run_takes_the_first_number_that_no_file_has(path, taken, expected):
@@ -93,12 +85,6 @@ def test_a_number_that_another_run_takes_at_the_same_moment(path, monkeypatch):
     path.touch()
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
     assert open_log(path, is_new=True).path.name == "001.txt"
-
-
-def test_a_log_with_a_number_is_gone_on_with(path):
-    path.write_text("before\n")
-    open_log(path, is_new=False).to_file("after")
-    assert path.read_text() == "before\nafter\n"
 
 
 def test_when_all_numbers_are_taken(path):
@@ -124,9 +110,9 @@ def test_a_finished_run_is_never_overwritten(path, line):
 
 
 def test_a_log_is_cut_to_where_its_checkpoint_was_written(path):
-    log = write_log(path, "header", "step:1/4")
-    size = log.size()
-    log.to_file("step:2/4")
+    size = write_log(path, "header", "step:1/4").size()
+    write_log(path, "step:2/4")
+    log = open_log(path, is_new=False)
     log.cut(size)
     log.to_file("resumed")
     assert path.read_text() == "header\nstep:1/4\nresumed\n" and list(path.parent.iterdir()) == [path]

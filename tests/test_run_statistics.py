@@ -33,10 +33,6 @@ def make_run(losses, total=None, diverged_at=None, **how):
     return Run(Path("run"), {}, int(curve.steps[-1]) if total is None else total, curve, 100.0, diverged_at)
 
 
-# -----------------------------------------------------------------------------
-# Time to the target
-
-
 @pytest.mark.parametrize("losses, step", [
     ([9, 2.92, 2.9], 10), ([2.9, 2.8], 0), ([9, 2, 9, 2], 10 * 6.08 / 7), ([9, 3, 2.9], 18), ([9, 3], None)])
 def test_the_first_crossing(losses, step):
@@ -71,10 +67,6 @@ def test_the_mean_curve_is_of_the_validations_that_all_runs_share():
 def test_where_the_mean_curve_of_the_first_published_runs_crosses(runs, name, count, seconds, step):
     crossing = find_crossing(mean_curve(runs[name][:count]), 2.92, None)
     assert (f"{crossing.seconds:.1f}", f"{crossing.step:.1f}") == (seconds, step)
-
-
-# -----------------------------------------------------------------------------
-# Against the baseline
 
 
 @pytest.mark.slow
@@ -161,10 +153,6 @@ def test_configurations_of_two_runs_do_not_set_off_the_warning():
     rng = np.random.default_rng(0)
     samples = [rng.normal(0, 1, size) for size in (28, 5, 5, *[2] * 20)]
     assert stats.levene(*samples, center="median").pvalue < 0.01 < Family(dict(enumerate(samples)), None).variance_p
-
-
-# -----------------------------------------------------------------------------
-# The record rule, power
 
 
 def test_the_record_rule_by_hand():
