@@ -38,17 +38,13 @@ def test_gpus_that_pytorch_cannot_use_are_a_mistake(nvidia_smi):
     assert "install a newer driver or a PyTorch built for this one" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("output, status", [("", 0), ("NVIDIA-SMI has failed", 9)])
-def test_without_a_gpu_the_device_is_the_cpu(nvidia_smi, output, status):
+@pytest.mark.parametrize("output, status, variable", [
+    ("", 0, {}), ("NVIDIA-SMI has failed", 9, {}), (H100, 0, {"CUDA_VISIBLE_DEVICES": ""}),
+    (H100, 0, {"CUDA_VISIBLE_DEVICES": "-1"}), (H100, 0, {"PATH": ""})])
+def test_without_a_gpu_or_with_hidden_ones_the_device_is_the_cpu(nvidia_smi, monkeypatch, output, status, variable):
     nvidia_smi(output, status)
-    assert machine.find_device() == CPU
-
-
-@pytest.mark.parametrize("name, value", [
-    ("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("PATH", "")])
-def test_hidden_gpus_and_a_missing_nvidia_smi_are_no_mistake(nvidia_smi, monkeypatch, name, value):
-    nvidia_smi(H100)
-    monkeypatch.setenv(name, value)
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
     assert machine.find_device() == CPU
 
 
