@@ -15,6 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "=" * 100
 CODE = "# train_gpt_medium.py\nprint('training')\n"
+ENDED = "ended: 2026-11-24 18:00:02 on here: "
+ENDS = {
+    "fail": f"{ENDED}No space left on device",
+    "diverge": f"diverged at step 2: the validation loss is nan\n{ENDED}diverged",
+    "finish": "step:4/4 val_loss:2.919300 train_time:8000ms step_avg:2000.00ms\npeak memory resident: 9 MiB\n"
+              f"{ENDED}finished",
+}
 DEFAULTS = {"description": "", "value_embeddings": [[0, 13]], "num_iterations": 4, "seed": None, "run_id": None}
 
 
@@ -45,13 +52,8 @@ def launch(folder, _, program, config, *options):
         wait_for_sigterm(folder, log)
     elif how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif how == "fail":
-        write(log, "ended: 2026-11-24 18:00:02 on here: No space left on device")
-    elif how == "diverge":
-        write(log, "diverged at step 2: the validation loss is nan\nended: 2026-11-24 18:00:02 on here: diverged")
-    elif how == "finish":
-        write(log, "step:4/4 val_loss:2.919300 train_time:8000ms step_avg:2000.00ms\npeak memory resident: 9 MiB")
-        write(log, "ended: 2026-11-24 18:00:02 on here: finished")
+    else:
+        write(log, ENDS[how])
         print("the last line of a run")
     sys.exit(how != "finish")
 
@@ -70,7 +72,7 @@ def wait_for_sigterm(folder, log):
     while not stopped or (folder / "keep").exists():
         time.sleep(0.01)
     time.sleep(0.2)
-    write(log, "ended: 2026-11-24 18:00:02 on here: stopped, with a checkpoint")
+    write(log, f"{ENDED}stopped, with a checkpoint")
 
 
 def write(path, text):

@@ -15,7 +15,7 @@ from random import Random
 import pytest
 import torch
 from faults import Ranks, RunsCode
-from helpers import ROOT, TRAIN_LINE, VAL_LINE, write_config
+from helpers import ROOT, TRAIN_LINE, VAL_LINE
 
 from logs import run_log
 from logs.log_file import is_finished, last_line
@@ -57,29 +57,35 @@ def run(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """The results of a run that nothing disturbed; one run for each config and number of ranks."""
-    of_runs = {}
+def logs_of(tmp_path_factory):
+    """The folder of the logs of a run, which is run once for each config and options."""
+    folders = {}
 
-    def undisturbed(config, ranks, **options):
-        keys = re.sub("log_dir.*", "", config.read_text()), ranks, *options.items()
-        if keys not in of_runs:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            of_run = Ranks(folder / "output", config, "--run_id", 0, "--log_dir", folder, ranks=ranks, **options)
-            assert of_run.statuses() == [0] * ranks, of_run.output("stderr")
-            of_runs[keys] = results(folder / "small" / "000.txt")
-            assert of_runs[keys][1:] == ([0, 3, 6], [1, 2, 3, 4, 5, 6])
-        return of_runs[keys]
+    def logs_of(config, *arguments, **options):
+        key = re.sub("log_dir.*", "", config.read_text()), *arguments, *options.items()
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("logs")
+            Ranks(folders[key] / "output", config, *arguments, "--log_dir", folders[key] / "logs", **options).statuses()
+        return folders[key] / "logs"
 
-    return undisturbed
+    return logs_of
+
+
+@pytest.fixture
+def undisturbed(logs_of):
+    """The results of a run that nothing disturbed."""
+    return lambda config, ranks=1, **options: results(
+        logs_of(config, "--run_id", 0, ranks=ranks, **options) / "small" / "000.txt")
 
 
 def results(log):
-    """What every run of a seed must have: validation losses to the last digit, and the steps of all lines, in order."""
-    assert is_finished(log) and last_line(log, "ended: ").endswith(": finished")
+    """The validation losses, which every run of a seed must have to the last digit; each line is there once."""
     text = log.read_text()
-    losses = [match[3] for match in VAL_LINE.finditer(text)]
-    return losses, *([int(match[1]) for match in line.finditer(text)] for line in (VAL_LINE, TRAIN_LINE))
+    assert is_finished(log) and last_line(log, "ended: ").endswith(": finished")
+    assert [int(match[1]) for match in TRAIN_LINE.finditer(text)] == [1, 2, 3, 4, 5, 6]
+    losses = [(int(match[1]), match[3]) for match in VAL_LINE.finditer(text)]
+    assert [step for step, _ in losses] == [0, 3, 6]
+    return losses
 
 
 def checkpointed_step(path):
@@ -139,7 +145,7 @@ at_step(3, lambda: before(os, "fsync", send(signal.SIGKILL), is_checkpoint))
     assert of_run.statuses() == [-signal.SIGKILL] and checkpointed_step(resume) == 2
     assert sorted(path.suffix for path in log.parent.iterdir()) == [".ckpt", ".txt", ".unfinished"]
     run(config, *RUN)
-    assert results(log) == undisturbed(config, 1) and resumed_at(log) == [2]
+    assert results(log) == undisturbed(config) and resumed_at(log) == [2]
     assert [path.name for path in log.parent.iterdir()] == ["000.txt"]
 
 
@@ -158,7 +164,7 @@ def test_a_rank_is_killed_at_random_moments(run, config, undisturbed, log):
         of_run.kill()
         resumed |= set(resumed_at(log)) if log.exists() else set()
     assert run(config, "--run_id", 0, "--checkpoint_every", 1).statuses()[0] in (0, 2)  # 2: it was finished
-    assert results(log) == undisturbed(config, 1) and resumed
+    assert results(log) == undisturbed(config) and resumed
 
 
 @pytest.mark.slow
@@ -182,7 +188,6 @@ at_step(4, lambda: rank() == 1 and is_restarted and [os.kill(os.getppid(), signa
     assert results(log) == undisturbed(config, 2)
 
 
-@pytest.mark.slow
 def test_a_rank_whose_launcher_died_before_it_began_does_not_wait(run, config):
     """The launcher's store does not answer; the process group would wait for it."""
     of_run = run(config, environment=dict(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True",
@@ -198,7 +203,7 @@ def test_without_checkpoints_a_run_starts_over_and_the_old_log_is_kept(run, conf
     old = log.read_text()
     run(config, *options)
     assert "step:3/6 train_time" in old and log.with_name("000.txt.interrupted").read_text() == old
-    assert results(log) == undisturbed(config, 1) and resumed_at(log) == []
+    assert results(log) == undisturbed(config) and resumed_at(log) == []
 
 
 # -----------------------------------------------------------------------------
@@ -226,10 +231,9 @@ def test_a_signal_in_the_last_validation_or_while_a_checkpoint_is_written_waits(
     for fault, status in (("before(checkpoint, 'write', send(15), lambda path, state: state['step'] == 2)", 143),
                           ("before(train.Trainer, 'validate', send(15), lambda trainer, step: step == 6)", 0)):
         assert run(config, *RUN, fault=fault).statuses() == [status]
-    assert results(log) == undisturbed(config, 1) and resumed_at(log) == [4]
+    assert results(log) == undisturbed(config) and resumed_at(log) == [4]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault, number", [
     ("at_step(1, send(signal.SIGINT, times=2))", signal.SIGINT),
     ("before(train.Trainer, 'warm_up', send(signal.SIGTERM))", signal.SIGTERM),
@@ -316,7 +320,7 @@ def test_no_space_for_checkpoints_does_not_end_a_run(run, config, undisturbed, l
     of_run = run(config, *RUN, fault="limit_files(10**6)")  # the checkpoint has 27 MB, the log 0.1
     assert of_run.statuses() == [0] and of_run.output("stderr") == ""
     assert len(re.findall(r"no checkpoint of step \d: .*File too large; an earlier one stays", of_run.output())) == 3
-    assert results(log) == undisturbed(config, 1)
+    assert results(log) == undisturbed(config)
     assert [path.name for path in log.parent.iterdir()] == ["000.txt"]
 
 
@@ -339,7 +343,7 @@ def test_no_space_for_the_final_weights_leaves_the_run_unfinished(run, config, u
     assert of_run.statuses() == [1] and not is_finished(log) and checkpointed_step(resume) == 6
     assert len(of_run.complaints()) == 1 and f"{weights}: [Errno 27] File too large" in of_run.complaints()[0]
     assert run(config, *options).statuses() == [0]
-    assert results(log) == undisturbed(config, 1) and checkpointed_step(weights) == 6
+    assert results(log) == undisturbed(config) and checkpointed_step(weights) == 6
     assert sorted(path.name for path in log.parent.iterdir()) == ["000.ckpt", "000.txt"]
 
 
@@ -347,30 +351,11 @@ def test_no_space_for_the_final_weights_leaves_the_run_unfinished(run, config, u
 # What is not gone on with: one line, and nothing is changed
 
 
-@pytest.fixture(scope="session")
-def interrupted(tmp_path_factory, small_data):
-    """The folder of a run that was killed in its last step, after a checkpoint, and its config."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    config = write_config(
-        folder / "small.toml", train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
-        vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=128, val_tokens=128,
-        sequences_per_step=1, num_iterations=2, val_loss_every=2, warmup_steps=0, log_dir=f"{folder}/logs")
-    of_run = Ranks(folder / "output", config, "--run_id", 0, "--checkpoint_every", 1,
-                   fault="at_step(1, send(signal.SIGKILL))")
-    assert of_run.statuses() == [-signal.SIGKILL]
-    return folder
-
-
 @pytest.fixture
-def go_on(interrupted, tmp_path, run_main, capfd):
-    """Starts a copy of the interrupted run again, in this process; returns exit status and standard error."""
-    shutil.copytree(interrupted / "logs", tmp_path / "logs")
-
-    def go_on(*options):
-        options = ["--run_id", 0, "--checkpoint_every", 1, "--log_dir", tmp_path / "logs", *options]
-        return run_main(interrupted / "small.toml", *options), capfd.readouterr().err
-
-    return go_on
+def go_on(config, logs_of, tmp_path, run_main, capfd):
+    """Starts a copy of a run that was killed in its last step again, here; returns exit status and standard error."""
+    shutil.copytree(logs_of(config, *RUN, fault="at_step(5, send(signal.SIGKILL))"), tmp_path / "logs")
+    return lambda *options: (run_main(config, *RUN, *options), capfd.readouterr().err)
 
 
 def refused(result, *fragments):
@@ -380,7 +365,7 @@ def refused(result, *fragments):
 
 def test_what_does_not_change_results_may_change_and_a_finished_run_is_refused(go_on, log):
     options = ["--description", "other words", "--save_checkpoint", "true", "--checkpoint_every", 7]
-    assert go_on(*options, "--step_timeout", 100) == (0, "") and is_finished(log) and resumed_at(log) == [1]
+    assert go_on(*options, "--step_timeout", 100) == (0, "") and is_finished(log) and resumed_at(log) == [4]
     assert refused(go_on(), f"{log} is finished, and a log is never overwritten; use another run_id")
 
 
@@ -391,12 +376,12 @@ def test_a_kill_in_the_last_moment_leaves_no_checkpoint_for_ever(go_on, log, res
 
 
 @pytest.mark.parametrize("name, theirs, fragment", [
-    ("num_iterations", 4, "num_iterations was 4 and is 2"),
+    ("num_iterations", 7, "num_iterations was 7 and is 6"),
     ("value_embeddings", [[0, 15]], "value_embeddings was [[0, 15]] and is [[0, 13], [1, 14], [2, 15]]"),
     ("program text", "edited", "program text has changed; set that back"),
     ("a key of another version", 1, "a key of another version was 1 and is null"),
     ("device", "mps", 'device was "mps" and is "cpu"'),
-    ("next batch", ["elsewhere.bin", 5], 'next batch was ["elsewhere.bin", 5] and is ["s_train_000001.bin", 128]'),
+    ("next batch", ["elsewhere.bin", 5], 'next batch was ["elsewhere.bin", 5] and is ["s_train_000001.bin", 1024]'),
 ])
 def test_a_run_with_another_config_program_device_or_data_is_refused(go_on, log, resume, name, theirs, fragment):
     state, before = torch.load(resume, weights_only=True), log.read_bytes()
@@ -425,7 +410,6 @@ def test_a_checkpoint_that_is_damaged_or_would_run_code_is_refused(go_on, resume
     assert refused(go_on(), f"{resume}: not a checkpoint that a run can go on from", "; move it")
 
 
-@pytest.mark.slow
 def test_a_run_that_another_process_runs_is_refused(run, config, log, run_main, capfd, monkeypatch):
     monkeypatch.setattr(run_log, "LOCK_WAIT_S", 1)
     run(config, *RUN, wait=False, fault="at_step(0, hang)")
@@ -437,7 +421,6 @@ def test_a_run_that_another_process_runs_is_refused(run, config, log, run_main, 
 # Several ranks and nodes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks, options, fault, fragment", [
     (3, [], "", "sequences_per_step: 2 sequences cannot be divided among 3 ranks"),
     (2, ["--train_files", "nowhere/*.bin"], "rank() == 0 and time.sleep(1)", "no file matches nowhere/*.bin"),

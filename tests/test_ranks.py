@@ -38,13 +38,6 @@ def test_a_mistake_is_one_line_and_exit_status_2(capsys, error, line):
     assert (ended.value.code, capsys.readouterr().err) == (2, f"train_gpt_medium.py: {line}\n")
 
 
-def test_the_same_mistake_of_several_ranks_is_printed_once(capsys, monkeypatch):
-    monkeypatch.setattr(ranks, "gather", lambda value: [value, value, "another", ""])
-    with pytest.raises(SystemExit):
-        ranks.together(fail, ValueError("one"))
-    assert capsys.readouterr().err == "train_gpt_medium.py: one\ntrain_gpt_medium.py: another\n"
-
-
 # -----------------------------------------------------------------------------
 # Signals
 

@@ -94,10 +94,13 @@ def change(trainer, **keys):
     trainer.hp = train.replace(trainer.hp, **keys)
 
 
-@pytest.mark.parametrize("every, steps", [(0, [6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6])])
-def test_validations_are_at_step_0_every_so_often_and_at_the_last(trainer, tmp_path, every, steps):
-    change(trainer, val_loss_every=every)
-    assert list(val_losses(train_to_end(trainer, tmp_path / "log.txt"))) == steps
+@pytest.mark.parametrize("every, validations, checkpoints", [
+    (0, [6], []), (1, [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]), (4, [0, 4, 6], [4]), (7, [0, 6], [])])
+def test_validations_are_at_step_0_every_so_often_and_at_the_last_and_checkpoints_every_so_often(
+        trainer, tmp_path, every, validations, checkpoints):
+    change(trainer, val_loss_every=every, checkpoint_every=every)
+    assert list(val_losses(train_to_end(trainer, tmp_path / "log.txt"))) == validations
+    assert [event for event in trainer.events if "checkpoint" in event] == [f"checkpoint {n}" for n in checkpoints]
 
 
 def test_the_clock_runs_over_training_only_and_waits_for_all_ranks(trainer, tmp_path, monkeypatch):
@@ -112,13 +115,6 @@ def test_the_clock_runs_over_training_only_and_waits_for_all_ranks(trainer, tmp_
     validation = ["barrier", "validate", "barrier"]
     assert trainer.events == ["barrier", *validation, "step", "step", "step", *validation, "step", "barrier",
                               "checkpoint 4", "barrier", "step", "step", *validation]
-
-
-@pytest.mark.parametrize("every, steps", [(0, []), (1, [1, 2, 3, 4, 5, 6]), (4, [4])])
-def test_checkpoint_every(trainer, tmp_path, every, steps):
-    change(trainer, checkpoint_every=every)
-    train_to_end(trainer, tmp_path / "log.txt")
-    assert [event for event in trainer.events if "checkpoint" in event] == [f"checkpoint {step}" for step in steps]
 
 
 # -----------------------------------------------------------------------------
