@@ -129,11 +129,11 @@ def fineweb(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("length, every, bytes_read", [(1_000_000, 765_432, 2_000_000), (25_000_000, 10_000, 2**21)])
-def test_another_vocabulary_is_found(tmp_path, monkeypatch, length, every, bytes_read):
-    """One wrong id in a small shard; in a large one, of which 2 MiB are read, some here and there."""
+@pytest.mark.parametrize("length, first, bytes_read", [(10**6, 999_999, 2 * 10**6), (25_000_000, 24_000_000, 2**21)])
+def test_another_vocabulary_is_found(tmp_path, monkeypatch, length, first, bytes_read):
+    """One wrong id in a small shard; in a large one, of which 2 MiB are read, some near the end."""
     tokens = np.zeros(length, np.uint16)
-    tokens[every::every] = 300
+    tokens[first::10_000] = 300
     write_shard(tmp_path / "b.bin", tokens)
     read, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, start: read.append(size) or pread(file, size, start))
