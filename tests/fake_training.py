@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "=" * 100
 CODE = "# train_gpt_medium.py\nprint('training')\n"
-ENDED = "ended: 2026-11-24 18:00:02 on here: "
+ENDED = f"ended: 2026-11-24 18:00:02 on host-{os.getpid()}: "  # of another time or place in each run
 ENDS = {
     "fail": f"{ENDED}No space left on device",
     "diverge": f"diverged at step 2: the validation loss is nan\n{ENDED}diverged",

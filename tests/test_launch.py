@@ -11,50 +11,50 @@ import pytest
 from faults import Ranks
 from helpers import ROOT, TRAIN_LINE, VAL_LINE, val_losses
 
+from data import local_text
+
 ENVIRONMENT = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(160, marks=pytest.mark.campaign)])
-def default_run(request, tmp_path_factory):
-    """`./run.sh` in a fresh clone, stopped by SIGTERM after so many steps: steps, clone, status, output and errors."""
-    clone = tmp_path_factory.mktemp("default") / "clone"
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    process = subprocess.Popen([clone / "run.sh"], env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    log = clone / "logs/tiny/baseline/000.txt"
-    while process.poll() is None and not (log.exists() and f"step:{request.param}/160 train" in log.read_text()):
-        time.sleep(0.1)
-    if request.param < 160:
-        process.terminate()
-    return request.param, clone, *process.communicate(), process.returncode
+def byte_frequency_loss(output):
+    return float(re.search(r"only byte frequencies has validation loss (\d+\.\d+)", output)[1])
 
 
 @pytest.mark.slow
-def test_without_arguments_run_sh_trains_the_baseline_at_scale_tiny_on_a_cpu(default_run):
-    """It makes the data first. After all of its steps it is far below a model that knows only byte frequencies."""
-    steps, clone, output, errors, status = default_run
-    log = clone / "logs/tiny/baseline/000.txt"
+@pytest.mark.parametrize("steps", [2, pytest.param(160, marks=pytest.mark.campaign)])
+def test_without_arguments_run_sh_trains_the_baseline_at_scale_tiny_on_a_cpu(tmp_path, steps):
+    """In a fresh clone, where it makes the data first: stopped by SIGTERM after a few steps, or to its end.
+
+    After all of its steps it is far below a model that knows only byte frequencies.
+    """
+    clone, log = tmp_path / "clone", tmp_path / "clone/logs/tiny/baseline/000.txt"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    process = subprocess.Popen([clone / "run.sh"], env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (log.exists() and f"step:{steps}/160 train" in log.read_text()):
+        time.sleep(0.1)
+    if steps < 160:
+        process.terminate()
+    output, errors = process.communicate()
     assert "configs/baseline.toml --scale tiny" in output.splitlines()[0]
-    byte_frequency_loss = float(re.search(r"only byte frequencies has validation loss (\d+\.\d+)", output)[1])
     losses = list(val_losses(log.read_text()).values())
     assert losses == list(val_losses(output).values()) == sorted(losses, reverse=True)
     if steps < 160:
-        assert status == 143 and losses[0] > byte_frequency_loss
+        assert process.returncode == 143 and losses[0] > byte_frequency_loss(output)
         said = [line for line in errors.splitlines() if line.startswith("train_gpt_medium.py: ")]
         assert len(said) == 1 and "stopped by signal 15, with a checkpoint" in said[0]
         assert log.with_name("000.resume.ckpt").exists()
     else:
-        assert status == 0 and len(losses) == 5 and losses[-1] < byte_frequency_loss - 1
+        assert process.returncode == 0 and len(losses) == 5 and losses[-1] < byte_frequency_loss(output) - 1
 
 
 @pytest.mark.slow
-def test_a_few_steps_learn_more_than_byte_frequencies(default_run, run_main, tmp_path):
-    _, clone, output, *_ = default_run
-    data = [f"--{kind}_files={clone}/data/local_text/local_{kind}_*.bin" for kind in ("train", "val")]
+def test_a_few_steps_of_tiny_learn_more_than_byte_frequencies(run_main, tmp_path):
+    expected = byte_frequency_loss(local_text.make_shards([], tmp_path))
+    data = [f"--{kind}_files={tmp_path}/local_{kind}_*.bin" for kind in ("train", "val")]
     assert run_main(ROOT / "configs/baseline.toml", "--scale=tiny", *data, f"--log_dir={tmp_path}",
-                    "--num_iterations=12", "--val_tokens=8192") == 0
-    losses = val_losses((tmp_path / "tiny/baseline/000.txt").read_text())
-    assert losses[12] < float(re.search(r"only byte frequencies has validation loss (\d+\.\d+)", output)[1])
+                    "--num_iterations=12", "--val_tokens=4096", "--warmup_steps=0") == 0
+    assert val_losses((tmp_path / "tiny/baseline/000.txt").read_text())[12] < expected
 
 
 @pytest.mark.slow

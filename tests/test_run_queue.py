@@ -123,31 +123,25 @@ def test_the_end_is_projected_from_this_queues_runs_or_from_finished_logs(queue,
     assert "unknown" not in ends.findall(queue("-n", 3, *configs).out)
 
 
-@pytest.mark.parametrize("how, summary", [
-    ("finish", "1 finished, 0 diverged, 0 failed"),
-    ("diverge", "0 finished, 1 diverged, 0 failed"),
+@pytest.mark.parametrize("how, why", [
+    ("finish", ""),
+    ("diverge", "diverged at step 2: the validation loss is nan"),
+    ("fail", "failed: No space left on device"),
+    ("refuse", "failed: its checkpoint is damaged"),
+    ("kill", "failed: signal SIGKILL"),
 ])
-def test_a_run_that_is_done_is_not_started_again(queue, folder, how, summary):
-    configs = write_configs(folder, one=dict(how=how))
-    for _ in range(2):
-        result = queue(*configs)
-        assert result.status == 0 and summary in result.out and len(started(folder)) == 1
-    assert "1 run finished already; for more raise -n" in result.out
-    assert ("one/000.txt: diverged at step 2: the validation loss is nan" in result.err) == (how == "diverge")
-
-
-@pytest.mark.parametrize("how, reason", [
-    ("fail", "No space left on device"),
-    ("refuse", "its checkpoint is damaged"),
-    ("kill", "signal SIGKILL"),
-])
-def test_a_failed_run_does_not_stop_the_others_and_is_named_with_its_reason(queue, folder, how, reason):
-    """What the runs print passes through."""
-    result = queue(*write_configs(folder, one=dict(how=how), two={}))
-    assert result.status == 1 and started_logs(folder) == ["one/000.txt", "two/000.txt"]
-    assert result.err.splitlines()[-1] == f"run.sh: {folder}/logs/one/000.txt: failed: {reason}"
-    assert "1 finished, 0 diverged, 1 failed; the same command does what is left" in result.out
-    assert "the last line of a run" in result.out and ("a warning\n" in result.err) == (how == "refuse")
+def test_a_run_that_fails_does_not_stop_the_others_and_the_same_command_starts_only_it_again(queue, folder, how, why):
+    """The last line has its reason. What the runs print passes through."""
+    configs, failed = write_configs(folder, one=dict(how=how), two={}), why.startswith("failed")
+    summary = f"{1 + (not why)} finished, {how == 'diverge':d} diverged, {failed:d} failed"
+    first, second = queue(*configs), queue(*configs)
+    assert started_logs(folder) == ["one/000.txt", "two/000.txt", *(["one/000.txt"] if failed else [])]
+    for result in (first, second):
+        assert result.status == failed and summary in result.out
+        assert result.err.splitlines()[-1:] == ([f"run.sh: {folder}/logs/one/000.txt: {why}"] if why else [])
+    assert "the last line of a run" in first.out and ("a warning\n" in first.err) == (how == "refuse")
+    assert failed == ("2 runs finished already; for more raise -n" not in second.out)
+    assert failed == ("; the same command does what is left" in first.out)
 
 
 def test_the_reason_is_not_that_of_an_earlier_attempt(queue, folder):
