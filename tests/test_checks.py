@@ -53,14 +53,12 @@ def test_a_mistake_in_a_config_is_one_line(check, small_config, keys, fragments)
     assert_one_line(check(small_config(**keys)), "small.toml", *fragments)
 
 
-@pytest.mark.parametrize("words, fragments", [
-    (["--num_iterations", "x"], ["--num_iterations: expected an integer"]),
-    (["--scale", "tinny"], ["configs/scales/tinny.toml: no such file", "tiny.toml"]),
-    (["other.toml"], ["unexpected argument other.toml: a run has one config"]),
-    (["--train_files", "\udce9*.bin"], ["train_files: no file matches \\udce9*.bin"]),
-])
-def test_a_mistake_in_the_command_line_is_one_line(check, small_config, words, fragments):
-    assert_one_line(check(small_config(), *words), *fragments)
+@pytest.mark.parametrize("words, complaint", [
+    (["--num_iterations", "x"], "--num_iterations: expected an integer"),
+    (["other.toml"], "unexpected argument other.toml: a run has one config"),
+    (["--train_files", "\udce9*.bin"], "train_files: no file matches \\udce9*.bin")])
+def test_a_mistake_in_the_command_line_is_one_line(check, small_config, words, complaint):
+    assert_one_line(check(small_config(), *words), complaint)
 
 
 def test_a_damaged_shard_is_named_with_its_key(check, small_config, small_data, tmp_path):
