@@ -28,9 +28,11 @@ NOT_STANDARD_LIBRARY = set("site-packages dist-packages test tests idlelib lib2t
 
 def standard_library() -> list[Path]:
     """The Python files of the running Python's standard library, without its tests."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if path.is_file()]
-    return [path for path in files if not NOT_STANDARD_LIBRARY & set(path.relative_to(root).parts)]
+    files = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = set(subfolders) - NOT_STANDARD_LIBRARY  # those that are left are walked through
+        files += [path for name in names if name.endswith(".py") and (path := Path(folder, name)).is_file()]
+    return files
 
 
 def text_files(path: Path) -> list[Path]:

@@ -31,7 +31,6 @@ FINEWEB_SHARDS, FINEWEB_SHARD_TOKENS = 103, 100_000_000  # for training
 T = TypeVar("T")
 
 
-
 class MissingShardsError(ValueError):
     """Shards are missing or damaged. `command`: the arguments of the Python command that mends it, () if none does."""
 
