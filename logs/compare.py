@@ -181,9 +181,9 @@ def main(arguments: list[str]) -> int:
         sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the caller
         options = parse(arguments)
         runs, lines = read_configurations(options.paths)
-        print(*(f"compare.py: {' '.join(line.split())}\n" for line in lines), sep="", end="", file=sys.stderr)
         if not runs:
-            raise ValueError("no results to compare")
+            raise ValueError(f"no results to compare: {'; '.join(lines)}")
+        print(*(f"compare.py: {' '.join(line.split())}\n" for line in lines), sep="", end="", file=sys.stderr)
         baseline = options.baseline or next((n for n in runs if n.split("/")[-1] == "baseline"), next(iter(runs)))
         if options.form == "csv":
             write_csv(runs)
