@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configs import run_queue
-from configs.checks import check_run, count_parameters, draw_map, expand_path, fitting_ranks
+from configs.checks import check_data, check_run, count_parameters, draw_map, expand_path, fitting_ranks
 from configs.keys import key, load, parse_command_line
 from data.batches import to_inputs_and_targets, train_batches, val_sequences
 from data.shards import open_shards
@@ -630,9 +630,7 @@ class Clock:
     """Time spent on training. It runs only between `start` and `stop`, and each of these waits for all ranks' GPUs."""
 
     def __init__(self, device: torch.device, stopped_ms: float = 0.0):
-        self.device = device
-        self.stopped_ms = stopped_ms
-        self.started_at = 0.0
+        self.device, self.stopped_ms, self.started_at = device, stopped_ms, 0.0
 
     def start(self) -> None:
         ranks.wait_for_all(self.device)
@@ -778,7 +776,7 @@ def train(trainer: Trainer, run: Run, stop: ranks.StopFlag, first_step: int, tim
 
 
 def plan_queue(arguments: Sequence[str]) -> list[run_queue.Experiment]:
-    """The experiments that the queue shall run. Raises ValueError for the first thing that would stop one."""
+    """The experiments that the queue shall run. Raises ValueError for the first thing but data that would stop one."""
     configs, overrides, _ = parse_command_line(Hyperparameters, arguments, __doc__)
     is_cuda = machine.find_device().type == "cuda"
     devices, kind = (torch.cuda.device_count(), "GPUs") if is_cuda else (os.cpu_count() or 1, "CPU cores")
@@ -787,15 +785,15 @@ def plan_queue(arguments: Sequence[str]) -> list[run_queue.Experiment]:
         hp = load(Hyperparameters, config, overrides)
         check_run(hp, config, world_size=1, make_model=model_on_meta)
         best = max(n for n in fitting_ranks(hp) if n <= devices)
-        folder = log_path(hp.log_dir, hp.scale, config, 0).parent
-        options = [f"--{name}={text}" for name, text in overrides.items()]
         experiments.append(run_queue.Experiment(
-            config, options, folder, best, devices, kind, asdict(hp), machine.program_text(), describe_run(hp)))
+            config, [f"--{name}={text}" for name, text in overrides.items()],
+            log_path(hp.log_dir, hp.scale, config, 0).parent, best, devices, kind, asdict(hp), machine.program_text(),
+            describe_run(hp), partial(check_data, hp, config)))
     return experiments
 
 
 def plan_run(arguments: Sequence[str]) -> tuple[Run, bool]:
-    """The run that the command line asks for, and whether only to check it. Raises ValueError if it cannot run."""
+    """The run that the command line asks for, and whether only to check it. Raises ValueError as `check_run` does."""
     configs, overrides, only_check = parse_command_line(Hyperparameters, arguments, __doc__)
     if len(configs) > 1:
         raise ValueError(f"unexpected argument {configs[1]}: a run has one config; ./run.sh takes several")
@@ -833,9 +831,10 @@ def main(arguments: Sequence[str]) -> int:
         return run_queue.main(arguments[1:], plan_queue)
     ranks.start_process_group()
     run, only_check = ranks.together(plan_run, arguments)
-    ranks.together(ranks.check_same, asdict(run.hp) | {"program text": run.code})
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0:  # also where data is missing
         run_log.say(f"{describe_run(run.hp)}\n{machine.describe_device(run.device, dist.get_world_size())}")
+    ranks.together(check_data, run.hp, run.config)
+    ranks.together(ranks.check_same, asdict(run.hp) | {"program text": run.code})
     if only_check:
         return 0
     run = ranks.together(lambda: claim(run) if dist.get_rank() == 0 else run)

@@ -50,7 +50,7 @@ def check_keys_together(hp: Any, world_size: int) -> None:
         raise ValueError("run_id: torchrun restarts only a run with a number; give --run_id or --max-restarts=0")
 
 
-def check_data(hp: Any) -> None:
+def check_data(hp: Any, config: Path) -> None:
     """Raises ValueError or MissingShardsError if the shards are not there, are damaged or hold too few tokens."""
     step_tokens = hp.sequences_per_step * hp.train_seq_len
     fineweb_shards = fineweb_shards_needed(hp.num_iterations, step_tokens)
@@ -58,7 +58,7 @@ def check_data(hp: Any) -> None:
         ("train_files", step_tokens, hp.num_iterations, f"num_iterations = {hp.num_iterations}"),
         ("val_files", hp.val_seq_len, hp.val_tokens // hp.val_seq_len, f"val_tokens = {hp.val_tokens}"),
     ):
-        with error_context(files):
+        with error_context(f"{config}: {files}"):
             check_stream(getattr(hp, files), hp.vocab_size, batch_tokens, needed, purpose, fineweb_shards)
 
 
@@ -70,7 +70,7 @@ def check_log_dir(folder: Path) -> None:
 
 
 def check_run(hp: Any, config: Path, world_size: int, make_model: Callable[[Any], nn.Module]) -> None:
-    """Raises ValueError for the first thing that would stop this run: it names the file, the key and the fix.
+    """Raises ValueError for the first thing but data that would stop this run: it names the file, the key and the fix.
 
     `make_model(hp)` is the model, for the names and shapes of its parameters.
     """
@@ -80,7 +80,6 @@ def check_run(hp: Any, config: Path, world_size: int, make_model: Callable[[Any]
         with error_context("init_from"):
             if hp.init_from:
                 read_weights(hp.init_from, make_model(hp))
-        check_data(hp)
 
 
 def draw_map(tables_of_layers: list[list[int]], notes: dict[int, str]) -> str:

@@ -34,6 +34,7 @@ class Experiment(NamedTuple):
     configuration: dict[str, Any]  # resolved, JSON values
     code: str  # program text, as in a log's header
     description: str
+    check_data: Callable[[], None]  # raises ValueError, or MissingShardsError with the command that gets them
 
     def log(self, run_id: int) -> Path:
         return self.folder / f"{run_id:03d}.txt"
@@ -91,15 +92,15 @@ def default_config() -> list[str]:
     return ["configs/baseline.toml", "--scale=tiny"]
 
 
-def plan_with_data(plan: Callable[[list[str]], list[Experiment]], words: list[str]) -> list[Experiment]:
-    """Plan; where shards are missing, run the command that gets them, and plan again.
+def get_data(experiment: Experiment) -> None:
+    """Check an experiment's data; where shards are missing, run the command that gets them, and check again.
 
     Raises ValueError if a command fails, and MissingShardsError if one does not help or there is none.
     """
     tried = set()
     while True:
         try:
-            return plan(words)
+            return experiment.check_data()
         except MissingShardsError as error:
             if not error.command or error.command in tried:
                 raise
@@ -114,7 +115,7 @@ def plan_with_data(plan: Callable[[list[str]], list[Experiment]], words: list[st
 def check_experiments(experiments: list[Experiment], run_ids: range) -> None:
     """Raises ValueError if runs would share a log, repeat each other, or stand beside those of another experiment."""
     config_of: dict[Path, Path] = {}
-    for config, _, folder, *_, configuration, code, _ in experiments:
+    for config, _, folder, *_, configuration, code, _, _ in experiments:
         if folder in config_of:
             raise ValueError(f"{config}: its logs would go to {folder}, as those of {config_of[folder]} do; "
                              "rename one of the configs, or name it once")

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from configs.launch import Launcher, complain
-from configs.queue_plan import ROOT, Experiment, arrange, check_experiments, plan_with_data, read_options
+from configs.queue_plan import ROOT, Experiment, arrange, check_experiments, get_data, read_options
 from logs.log_file import is_finished, last_line, plural, remove_leftover
 from logs.run_log import say
 from logs.status import QueueFile, problem, queue_path
@@ -93,7 +93,7 @@ class Queue:
 def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]]) -> int:
     """Returns the exit status: 2 after a mistake, which is one line; 1 if a run failed; 128 + the signal that ended it.
 
-    `plan` checks configs and options; it raises ValueError or MissingShardsError, and answers --help.
+    `plan` checks configs and options but no data; it raises ValueError, and answers --help.
     """
     try:
         options, words = read_options(arguments)
@@ -104,10 +104,14 @@ def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]]) ->
             check_experiments(experiments, options.run_ids)
             for e in experiments:
                 say(f"{e.config}\n{e.description}\nlogs: {e.folder}\nranks: {e.ranks} of {e.devices} {e.kind}")
+            for e in experiments:
+                e.check_data()
             return 0
         with closing(QueueFile(queue_path())) as file:
-            experiments = plan_with_data(plan, words)
+            experiments = plan(words)
             check_experiments(experiments, options.run_ids)
+            for e in experiments:
+                get_data(e)
             queue = Queue(experiments, options.run_ids, file, options.notify)
             if not queue.runs:
                 say(f"run.sh: {plural(len(queue.outcomes), 'run')} finished already; for more raise -n")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,13 +92,17 @@ def queue(folder, *arguments):
             print("the keys")
             sys.exit()
         experiments = []
+
+        def check_data(command):
+            if command and not (folder / "shard").exists():
+                raise MissingShardsError("no shards", command=tuple(command))
+
         for config in (Path(word) for word in words if not word.startswith("--")):
             options = [word for word in words if word.startswith("--")]
             configuration, _ = resolve(config, options)
-            if (command := configuration.pop("fetch", ())) and not (folder / "shard").exists():
-                raise MissingShardsError("no shards", command=tuple(command))
+            data = partial(check_data, configuration.pop("fetch", ()))
             experiments.append(queue_plan.Experiment(config, options, folder / "logs" / config.stem, 2, 8, "CPU cores",
-                                                     configuration, CODE, f"description of {config.stem}"))
+                                                     configuration, CODE, f"description of {config.stem}", data))
         return experiments
 
     status.FOLDER = folder

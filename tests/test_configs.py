@@ -1,6 +1,5 @@
 """configs/*.toml: each config is what its name says, and every one works at every scale."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -68,12 +67,11 @@ def test_a_config_is_the_baseline_but_for_the_map_and_keys_that_its_name_says(na
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_without_data_a_config_stops_at_the_data_at_every_scale(name, tmp_path, monkeypatch):
+def test_a_config_passes_all_checks_but_those_of_data_at_every_scale(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for scale in SCALES:
         hp = read(name, scale=scale)
-        with pytest.raises(ValueError, match=f"^{name}.toml: train_files: no file matches {re.escape(hp.train_files)}"):
-            train.check_run(hp, Path(f"{name}.toml"), 1, train.model_on_meta)
+        train.check_run(hp, Path(f"{name}.toml"), 1, train.model_on_meta)
         assert hp.value_embeddings == MAPS[name]
 
 

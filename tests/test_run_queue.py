@@ -178,7 +178,7 @@ def test_check_starts_and_fetches_nothing(queue, folder):
     assert "ranks: 2 of 8 CPU cores" in result.out
     write_configs(folder, two=dict(fetch=["-c", f"open('{folder}/shard', 'x')"]))
     result = queue(*configs, "--check")
-    assert result.status == 2 and "no shards" in result.err
+    assert result.status == 2 and "no shards" in result.err and "description of two" in result.out
     assert sorted(path.name for path in folder.iterdir()) == ["one.toml", "two.toml"]
 
 
