@@ -112,6 +112,12 @@ def run_rank(arguments, folder, fault, environment):
     sys.exit(train.main(arguments))
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
 class Ranks:
     """The program's ranks, forked from a process that has imported it: seconds sooner than under torchrun.
 
@@ -123,14 +129,14 @@ class Ranks:
         context.set_forkserver_preload(["faults"])
         self.folder, self.processes = Path(folder), []
         self.folder.mkdir(exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        environment = dict(environment)
+        if ranks > 1:
+            environment |= dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=free_port(),
+                                TORCHELASTIC_RUN_ID="test")
         for number in range(ranks):
-            ours = dict(RANK=str(number), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port),
-                        TORCHELASTIC_RUN_ID="test") if ranks > 1 else {}
             own = [*map(str, arguments), *(options_of_last if number == ranks - 1 else [])]
-            process = context.Process(target=run_rank, args=(own, self.folder, fault, ours | dict(environment)))
+            args = own, self.folder, fault, environment | dict(RANK=str(number))
+            process = context.Process(target=run_rank, args=args)
             with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the process that forks
                 process.start()
             self.processes.append(process)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from random import Random
 
 import pytest
 import torch
-from faults import Ranks, RunsCode
+from faults import Ranks, RunsCode, free_port
 from helpers import ROOT, TRAIN_LINE, VAL_LINE
 
 from logs import run_log
@@ -191,7 +190,7 @@ at_step(4, lambda: rank() == 1 and is_restarted and [os.kill(os.getppid(), signa
 def test_a_rank_whose_launcher_died_before_it_began_does_not_wait(run, config):
     """The launcher's store does not answer; the process group would wait for it."""
     of_run = run(config, environment=dict(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True",
-                                             MASTER_ADDR="localhost", MASTER_PORT="1"))
+                                          MASTER_ADDR="localhost", MASTER_PORT="1"))
     assert of_run.statuses() == [1] and "ConnectionRefusedError" in of_run.output("stderr")
 
 
@@ -244,21 +243,6 @@ def test_a_second_signal_or_one_before_the_first_step_ends_a_run_at_once(run, co
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_torchrun_and_its_ranks_at_once(config, log, tmp_path):
-    """Also where a rank hangs and so cannot stop at a step."""
-    launcher = torchrun("--standalone", "--nproc_per_node=2", "tests/faults.py", config, *RUN, fault=f"""
-open({str(tmp_path)!r} + f"/pid{{rank()}}", "w").write(str(os.getpid()))
-at_step(2, lambda: rank() == 1 and [os.kill(os.getppid(), signal.SIGINT), hang_with_the_interpreter()])
-""")
-    while "closing signal SIGINT" not in (line := launcher.stderr.readline()):
-        assert line, "the launcher ended before"
-    launcher.send_signal(signal.SIGINT)
-    launcher.communicate()
-    wait_until(lambda: all(is_gone(int((tmp_path / f"pid{rank}").read_text())) for rank in (0, 1)))
-    assert "step:1/6 train_time" in log.read_text() and not is_finished(log)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("lose", [
     "other, ours = os.pipe(); [os.dup2(ours, n) for n in (1, 2)]; os.close(other); closed = lambda: None",
     "other, ours = os.openpty(); [os.dup2(ours, n) for n in (1, 2)]; closed = lambda: os.close(other)",
@@ -276,12 +260,11 @@ def test_a_stop_needs_nobody_who_reads_what_is_said(run, config, log, resume, lo
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_ended_with_its_stack(run, config, log, resume):
-    """It holds the interpreter; the other waits for it, also in a timeout of its own."""
+    """It holds the interpreter, and the other rank waits for it."""
     of_run = run(config, *RUN, "--step_timeout", 10, ranks=2, fault="at_step(3, on_last(hang_with_the_interpreter))")
     assert of_run.statuses() == [1, 1] and checkpointed_step(resume) == 2 and not is_finished(log)
     stacks = of_run.output("stderr")
-    assert stacks.count("Timeout (0:00:10)!") == 2
-    assert re.search(r'faults.py", line \d+ in hang_with_the_interpreter\n', stacks)
+    assert "Timeout (0:00:10)!" in stacks and re.search(r'faults.py", line \d+ in hang_with_the_interpreter\n', stacks)
 
 
 @pytest.mark.slow
@@ -300,7 +283,7 @@ def test_what_fails_on_one_rank_only_ends_all(run, config, log):
      4, "a weight or an optimizer state is not finite"),
     (1, "2, lambda trainer: trainer.model.lm_head_w.data, math.nan", 3, "the validation loss is nan"),
 ], ids=["weight", "a state of one rank", "loss"])
-def test_a_run_that_diverges_ends_and_is_finished(run, run_main, config, log, resume, ranks, spoilt, step, what):
+def test_a_run_that_diverges_ends_and_is_finished(run, run_main, capfd, config, log, resume, ranks, spoilt, step, what):
     """The checkpoint before stays."""
     of_run = run(config, *RUN, ranks=ranks, fault=f"spoil({spoilt})")
     assert of_run.statuses() == [1] * ranks
@@ -308,7 +291,7 @@ def test_a_run_that_diverges_ends_and_is_finished(run, run_main, config, log, re
     assert of_run.output("stderr") == f"train_gpt_medium.py: {log}: {why}\n"
     assert log.read_text().splitlines()[-2] == why and last_line(log, "ended: ").endswith(f": {why}")
     assert checkpointed_step(resume) == 2 and is_finished(log)
-    assert run_main(config, *RUN) == 2 and resume.exists()
+    assert refused((run_main(config, *RUN), capfd.readouterr().err), f"{log} is finished") and resume.exists()
 
 
 # -----------------------------------------------------------------------------
@@ -432,7 +415,7 @@ def test_a_run_that_another_process_runs_is_refused(run, config, log, run_main, 
 def test_a_mistake_on_any_rank_is_said_once(run, config, tmp_path, ranks, options, fault, fragment):
     """As on a node that lacks the data or has another version of the config, whichever comes first."""
     of_run = run(config, ranks=ranks, options_of_last=options, fault=fault)
-    assert of_run.statuses() == [2] * ranks and of_run.output() == ""
+    assert of_run.statuses() == [2] * ranks
     assert len(of_run.output("stderr").splitlines()) == 1 and fragment in of_run.complaints()[0]
     assert not (tmp_path / "logs").exists()
 
@@ -440,11 +423,8 @@ def test_a_mistake_on_any_rank_is_said_once(run, config, tmp_path, ranks, option
 @pytest.mark.slow
 def test_two_nodes(config, undisturbed, log):
     """Two torchruns that meet: nothing assumes that all ranks are on one node."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    nodes = [torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
-                      "train_gpt_medium.py", config, "--seed", 0) for _ in range(2)]
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}"]
+    nodes = [torchrun(*meeting, "train_gpt_medium.py", config, "--seed", 0) for _ in range(2)]
     outputs = [node.communicate() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert results(log) == undisturbed(config, 2) and sum("val_loss" in output for output, _ in outputs) == 1

@@ -59,7 +59,7 @@ def test_a_few_steps_of_tiny_learn_more_than_byte_frequencies(run_main, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command, arguments, fragment", [
-    (["./run.sh"], ["configs/nowhere.toml"], "configs/nowhere.toml: no such"),
+    (["./run.sh", "--check"], ["configs/nowhere.toml"], "configs/nowhere.toml: no such"),  # a check takes no lock
     ([sys.executable, "train_gpt_medium.py"], ["configs/baseline.toml", "--value_embeddings", "[[0,", "15]]"], "quote"),
 ], ids=["run.sh", "the program"])
 def test_a_mistake_is_one_line_and_status_2(command, arguments, fragment):
