@@ -18,7 +18,7 @@ from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"cached_fineweb10B.py: interrupted\n"), os._exit(130)))
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ncached_fineweb10B.py: interrupted\n"), os._exit(130)))
 
 from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download

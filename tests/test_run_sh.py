@@ -55,7 +55,8 @@ def make_active_python(clone, versions={}):
 
 def run(clone, *arguments, command=None):
     """The exit status and what was printed."""
-    environment = os.environ | {"PATH": f"{clone.parent}/bin:/usr/bin:/bin", "PIP_NO_INDEX": "1"}
+    environment = {**os.environ, "PATH": f"{clone.parent}/bin:/usr/bin:/bin", "PIP_NO_INDEX": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
     result = subprocess.run([*(command or [clone / "run.sh"]), *arguments], cwd=clone if command else None, text=True,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return result.returncode, result.stdout.splitlines()
