@@ -144,7 +144,7 @@ class Ranks:
     def statuses(self):
         """The exit status of each rank, when all have ended: minus the signal's number if one has killed it."""
         for process in self.processes:
-            process.join(300)
+            process.join(900)
         return [process.exitcode for process in self.processes]
 
     def kill(self):
