@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from typing import IO, Any
 
@@ -50,7 +51,7 @@ class Launcher:
         self.signal = self.signal or number
 
     def forward(self, stderr: IO[str]) -> None:
-        """Print a run's standard error to its end; keep the program's last complaint, or else what killed a rank."""
+        """Print a run's standard error, and keep the program's last complaint in it, or else what killed a rank."""
         for line in stderr:
             if not self.signal or line.startswith(f"{PROGRAM}: "):  # after a signal torchrun prints its own traceback
                 complain(line.rstrip("\n"))
@@ -74,9 +75,11 @@ class Launcher:
         self.process = process
         if self.signal:  # it came before there was a process
             process.terminate()
-        self.forward(process.stderr)
+        reader = threading.Thread(target=self.forward, args=[process.stderr], daemon=True)
+        reader.start()
         status = process.wait()
         self.process = None
+        reader.join(5)  # a rank that outlives its launcher keeps the pipe open
         if is_finished(log) or last_line(log, "ended: ") != old_end:
             return problem(log)
         signals = {status: f"signal {number.name}" for number in signal.Signals for status in (128 + number, -number)}
