@@ -91,7 +91,7 @@ class Hyperparameters:
     """The keys of a config file. The defaults are the published baseline."""
 
     description: str = key("", "what the experiment asks")
-    scale: str = key("", "size and data: a name in configs/scales, or a path; its keys win over the config's")
+    scale: str = key("", "size and data: a name in configs/scales, or a .toml file; its keys win over the config's")
     value_embeddings: list[list[int]] = key(
         [[0, 13], [1, 14], [2, 15]], "tables, each the list of layers that use it", check=check_value_embeddings)
     value_embedding_gate: bool = key(False, "a gate for each head of each layer that uses a table")
@@ -385,8 +385,7 @@ class GPT(nn.Module):
         self.further = [max(0, len(tables) - 1) for tables in self.tables_of]  # uses beyond the first, by layer
         self.attention_masks = attention_masks  # an attribute, so that compile_parts can replace it
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
-        padded_vocab_size = -(-hp.vocab_size // 128) * 128
-        self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
+        self.lm_head_w = nn.Parameter(torch.zeros(-(-hp.vocab_size // 128) * 128, hp.model_dim))  # (padded V, d)
         self.scalars = nn.Parameter(torch.cat([
             torch.ones(NUM_LAYERS),  # skip weights, (L,)
             torch.tensor([1.0, 0.0]).repeat(NUM_LAYERS),  # block lambdas, (L, 2)
@@ -702,8 +701,7 @@ class Trainer:
     def validate(self, step: int) -> float:
         """The mean loss over the validation sequences, the same for every world size."""
         losses = torch.zeros(self.hp.val_tokens // self.hp.val_seq_len, device=self.device)
-        sequences = val_sequences(self.val_shards, self.hp, self.rank, self.world_size, self.device)
-        for number, inputs, targets in sequences:
+        for number, inputs, targets in val_sequences(self.val_shards, self.hp, self.rank, self.world_size, self.device):
             losses[number] = self.model(inputs, targets, self.window(step))
             ranks.allow_seconds(self.timeout_s)
         dist.all_reduce(losses)
@@ -778,8 +776,11 @@ def train(trainer: Trainer, run: Run, stop: ranks.StopFlag, first_step: int, tim
 def plan_queue(arguments: Sequence[str]) -> list[run_queue.Experiment]:
     """The experiments that the queue shall run. Raises ValueError for the first thing but data that would stop one."""
     configs, overrides, _ = parse_command_line(Hyperparameters, arguments, __doc__)
-    is_cuda = machine.find_device().type == "cuda"
-    devices, kind = (torch.cuda.device_count(), "GPUs") if is_cuda else (os.cpu_count() or 1, "CPU cores")
+    devices, kind = machine.count_devices()
+
+    def read(config: os.PathLike) -> tuple[dict[str, Any], str]:
+        return asdict(load(Hyperparameters, config, overrides)), machine.program_text()
+
     experiments = []
     for config in configs:
         hp = load(Hyperparameters, config, overrides)
@@ -787,8 +788,8 @@ def plan_queue(arguments: Sequence[str]) -> list[run_queue.Experiment]:
         best = max(n for n in fitting_ranks(hp) if n <= devices)
         experiments.append(run_queue.Experiment(
             config, [f"--{name}={text}" for name, text in overrides.items()],
-            log_path(hp.log_dir, hp.scale, config, 0).parent, best, devices, kind, asdict(hp), machine.program_text(),
-            describe_run(hp), partial(check_data, hp, config)))
+            log_path(hp.log_dir, hp.scale, config, 0).parent, best, devices, kind, *read(config), describe_run(hp),
+            partial(check_data, hp, config), partial(read, config)))
     return experiments
 
 
@@ -806,8 +807,7 @@ def carry_out(run: Run) -> None:
     """The run itself, on every rank. Raises what `train` raises."""
     hp, log = run.hp, run.log
     stop = ranks.StopFlag(log)
-    device_line = machine.describe_device(run.device, dist.get_world_size())
-    step, time_ms = begin_log(run, device_line, machine.describe_environment(), describe_run(hp))
+    step, time_ms = begin_log(run, describe_run(hp))
     log.line(f"log: {log.path}\nwarm-up: {plural(hp.warmup_steps, 'step')}, not timed, then undone")
     trainer = Trainer(hp, run.device)
     trainer.warm_up()
@@ -831,8 +831,9 @@ def main(arguments: Sequence[str]) -> int:
         return run_queue.main(arguments[1:], plan_queue)
     ranks.start_process_group()
     run, only_check = ranks.together(plan_run, arguments)
+    drawing = ranks.together(describe_run, run.hp)
     if dist.get_rank() == 0:  # also where data is missing
-        run_log.say(f"{describe_run(run.hp)}\n{machine.describe_device(run.device, dist.get_world_size())}")
+        run_log.say(f"{drawing}\n{machine.describe_device(run.device)}")
     ranks.together(check_data, run.hp, run.config)
     ranks.together(ranks.check_same, asdict(run.hp) | {"program text": run.code})
     if only_check:

@@ -35,6 +35,7 @@ class Experiment(NamedTuple):
     code: str  # program text, as in a log's header
     description: str
     check_data: Callable[[], None]  # raises ValueError, or MissingShardsError with the command that gets them
+    read: Callable[[], tuple[dict[str, Any], str]]  # configuration and code as they are now; raises ValueError
 
     def log(self, run_id: int) -> Path:
         return self.folder / f"{run_id:03d}.txt"
@@ -92,30 +93,48 @@ def default_config() -> list[str]:
     return ["configs/baseline.toml", "--scale=tiny"]
 
 
-def get_data(experiment: Experiment) -> None:
-    """Check an experiment's data; where shards are missing, run the command that gets them, and check again.
+def command_for_data(experiment: Experiment) -> tuple[str, ...]:
+    """The command that gets an experiment's shards, () if they are all there. Raises ValueError if none would help."""
+    try:
+        experiment.check_data()
+    except MissingShardsError as error:
+        if not error.command:
+            raise
+        return error.command
+    return ()
+
+
+def get_data(experiments: list[Experiment]) -> None:
+    """Check the data of all, then run the commands that get what is missing, until no new one would help.
 
     Raises ValueError if a command fails, and MissingShardsError if one does not help or there is none.
     """
-    tried = set()
-    while True:
-        try:
-            return experiment.check_data()
-        except MissingShardsError as error:
-            if not error.command or error.command in tried:
-                raise
-            command = error.command
+    tried: set[tuple[str, ...]] = set()
+    while commands := [command for command in map(command_for_data, experiments) if command and command not in tried]:
+        command = commands[0]
         tried.add(command)
         say(f"run.sh: python {shlex.join(command)}")
         fetcher = subprocess.run([sys.executable, *command], preexec_fn=lambda: end_with_parent(signal.SIGTERM))
         if fetcher.returncode:
             raise ValueError(f"python {shlex.join(command)} failed, as the lines above say")
+    for experiment in experiments:
+        experiment.check_data()
+
+
+def changed(experiment: Experiment) -> str:
+    """Why a run would not be one of this experiment any more, "" if it would."""
+    try:
+        is_same = experiment.read() == (experiment.configuration, experiment.code)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return "" if is_same else "its config or the program was edited after the queue began; start the queue again"
 
 
 def check_experiments(experiments: list[Experiment], run_ids: range) -> None:
     """Raises ValueError if runs would share a log, repeat each other, or stand beside those of another experiment."""
     config_of: dict[Path, Path] = {}
-    for config, _, folder, *_, configuration, code, _, _ in experiments:
+    for experiment in experiments:
+        config, folder, configuration = experiment.config, experiment.folder, experiment.configuration
         if folder in config_of:
             raise ValueError(f"{config}: its logs would go to {folder}, as those of {config_of[folder]} do; "
                              "rename one of the configs, or name it once")
@@ -127,7 +146,7 @@ def check_experiments(experiments: list[Experiment], run_ids: range) -> None:
                              "(the seed of a run is its number), or leave -n out")
         for log in filter(is_finished, sorted(folder.glob("[0-9][0-9][0-9].txt"))):
             with error_context(str(config)):
-                check_same(log, configuration, code)
+                check_same(log, configuration, experiment.code)
 
 
 def check_same(log: Path, configuration: dict[str, Any], code: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from configs.launch import Launcher, complain
-from configs.queue_plan import ROOT, Experiment, arrange, check_experiments, get_data, read_options
+from configs.queue_plan import ROOT, Experiment, arrange, changed, check_experiments, get_data, read_options
 from logs.log_file import is_finished, last_line, plural, remove_leftover
 from logs.run_log import say
 from logs.status import QueueFile, problem, queue_path
@@ -55,7 +55,7 @@ class Queue:
             say(f"run.sh: run {number} of {len(self.runs)}: {log}; projected end {projected}; "
                 f"{experiment.ranks} of {experiment.devices} {experiment.kind}")
             self.file.write(run=number, runs=len(self.runs), log=os.path.abspath(log), mean_s=mean_s)
-            why = self.launcher.train(experiment, run_id)
+            why = changed(experiment) or self.launcher.train(experiment, run_id)
             if not why:
                 seconds.append(time.time() - began)
             elif not is_finished(log) and not self.launcher.signal:
@@ -106,12 +106,12 @@ def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]]) ->
                 say(f"{e.config}\n{e.description}\nlogs: {e.folder}\nranks: {e.ranks} of {e.devices} {e.kind}")
             for e in experiments:
                 e.check_data()
+            say(f"run.sh: {plural(len(experiments), 'config')} checked, with the data")
             return 0
         with closing(QueueFile(queue_path())) as file:
             experiments = plan(words)
             check_experiments(experiments, options.run_ids)
-            for e in experiments:
-                get_data(e)
+            get_data(experiments)
             queue = Queue(experiments, options.run_ids, file, options.notify)
             if not queue.runs:
                 say(f"run.sh: {plural(len(queue.outcomes), 'run')} finished already; for more raise -n")
@@ -120,5 +120,3 @@ def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]]) ->
     except (ValueError, OSError) as error:
         complain(f"run.sh: {error}")
         return 2
-    except KeyboardInterrupt:  # before the first run
-        return 130

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from logs.log_file import plural
 
@@ -41,6 +42,13 @@ def find_device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def count_devices() -> tuple[int, str]:
+    """How many of what this machine trains on. Raises ValueError as `find_device` does."""
+    if find_device().type == "cuda":
+        return torch.cuda.device_count(), "GPUs"
+    return os.cpu_count() or 1, "CPU cores"
+
+
 def check_no_gpu() -> None:
     """Raises ValueError if nvidia-smi lists a GPU that PyTorch cannot use, unless CUDA_VISIBLE_DEVICES hides it."""
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -49,18 +57,18 @@ def check_no_gpu() -> None:
     gpus = subprocess.run(query, capture_output=True, text=True)
     if gpus.returncode == 0 and gpus.stdout.strip():
         name, _, driver = gpus.stdout.splitlines()[0].partition(", ")
-        build = f"PyTorch {torch.__version__} (built for CUDA {torch.version.cuda or 'no version'})"
+        build = f"PyTorch {torch.__version__} of {sys.executable}, built for CUDA {torch.version.cuda or 'no version'},"
         raise ValueError(f"nvidia-smi shows {name} with driver {driver}, but {build} cannot use it; install a newer "
                          "driver or a PyTorch built for this one (https://pytorch.org/get-started/locally), "
                          "or set CUDA_VISIBLE_DEVICES= to train on the CPU")
 
 
-def describe_device(device: torch.device, world_size: int) -> str:
+def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         kind = f"{torch.cuda.get_device_name(device)}, bf16, compiled FlexAttention, NCCL"
     else:
         kind = f"CPU with {plural(torch.get_num_threads(), 'thread')} a rank, fp32, dense masked attention, gloo"
-    return f"device: {plural(world_size, 'rank')}, {kind}"
+    return f"device: {plural(dist.get_world_size(), 'rank')}, {kind}"
 
 
 def describe_environment() -> str:

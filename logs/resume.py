@@ -17,6 +17,7 @@ from data.batches import next_batch
 from data.shards import Shard, open_shards
 from logs import checkpoint
 from logs.log_file import BOOKKEEPING_KEYS, checkpoint_path, here_and_now, log_path
+from logs.machine import describe_device, describe_environment
 from logs.ranks import Diverged
 from logs.run_log import RunLog, open_log
 
@@ -58,10 +59,11 @@ def claim(run: Run) -> Run:
     return run._replace(state=state)
 
 
-def begin_log(run: Run, device_line: str, *descriptions: str) -> tuple[int, float]:
+def begin_log(run: Run, description: str) -> tuple[int, float]:
     """Write the header, or the line of a run that goes on; returns the step and the training time (ms) to begin at."""
+    device_line = describe_device(run.device)
     if run.state is None:
-        run.log.write_header(run.code, asdict(run.hp), *descriptions, device_line)
+        run.log.write_header(run.code, asdict(run.hp), describe_environment(), description, device_line)
         return 0, 0.0
     step, time_ms = run.state["step"], run.state["train_time_ms"]
     run.log.line(f"resumed at step {step} after {time_ms:.0f}ms of training; {here_and_now()}; {device_line}")

@@ -150,7 +150,8 @@ def main(arguments: list[str]) -> int:
     logs = folder.resolve().rglob("[0-9][0-9][0-9].txt")
     problems = {str(log): why for log in logs if (why := problem(log))}
     for path in queues:  # the log of a run that was killed does not say why it ended
-        problems = read_state(path).get("problems", {}) | problems
+        of_queue = read_state(path).get("problems", {}).items()
+        problems = {log: why for log, why in of_queue if not is_finished(Path(log))} | problems
     lines += [f"{name(Path(log), folder)}: {why}" for log, why in sorted(problems.items())]
     try:
         print("\n".join(textwrap.fill(line, COLUMNS, subsequent_indent="  ") for line in lines), flush=True)

@@ -34,6 +34,13 @@ def resolve(config, options):
     return values, values.pop("how", "finish")
 
 
+def read_experiment(config, options):
+    """The configuration, and the program text."""
+    values, _ = resolve(config, options)
+    values.pop("fetch", None)
+    return values, CODE
+
+
 def launch(folder, _, program, config, *options):
     """What the run's launcher and ranks do, up to their end."""
     values, how = resolve(config, options)
@@ -94,15 +101,16 @@ def queue(folder, *arguments):
         experiments = []
 
         def check_data(command):
-            if command and not (folder / "shard").exists():
+            if command is not None and not (folder / "shard").exists():
                 raise MissingShardsError("no shards", command=tuple(command))
 
         for config in (Path(word) for word in words if not word.startswith("--")):
             options = [word for word in words if word.startswith("--")]
-            configuration, _ = resolve(config, options)
-            data = partial(check_data, configuration.pop("fetch", ()))
-            experiments.append(queue_plan.Experiment(config, options, folder / "logs" / config.stem, 2, 8, "CPU cores",
-                                                     configuration, CODE, f"description of {config.stem}", data))
+            read = partial(read_experiment, config, options)
+            (configuration, code), fetch = read(), resolve(config, options)[0].get("fetch")
+            experiments.append(queue_plan.Experiment(
+                config, options, folder / "logs" / config.stem, 2, 8, "CPU cores", configuration, code,
+                f"description of {config.stem}", partial(check_data, fetch), read))
         return experiments
 
     status.FOLDER = folder

@@ -58,6 +58,11 @@ def test_the_map_is_drawn_also_while_data_is_missing(check, small_config):
     assert result[0] == 2 and draw_map(train.tables_of_layers([[3], [4, 15]]), {7: "no attention"}) in output
 
 
+def test_a_parameter_without_an_optimizer_is_one_line(check, small_config, monkeypatch):
+    monkeypatch.setattr(train, "make_optimizers", lambda *_, **__: exec("raise ValueError('parameter gate_w is in 0')"))
+    assert_one_line(check(small_config()), "parameter gate_w is in 0")
+
+
 @pytest.mark.parametrize("words, complaint", [
     (["--num_iterations", "x"], "--num_iterations: expected an integer"),
     (["other.toml"], "unexpected argument other.toml: a run has one config"),

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_gpus_that_pytorch_cannot_use_are_a_mistake(nvidia_smi):
         machine.find_device()
     message = str(raised.value)
     assert message.startswith("nvidia-smi shows NVIDIA H100 80GB HBM3 with driver 535.104, but PyTorch "
-                              f"{torch.__version__} (built for CUDA")
+                              f"{torch.__version__} of {sys.executable}, built for CUDA ")
     assert "install a newer driver or a PyTorch built for this one" in message and "\n" not in message
 
 

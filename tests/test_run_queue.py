@@ -144,6 +144,19 @@ def test_a_run_that_fails_does_not_stop_the_others_and_the_same_command_starts_o
     assert failed == ("; the same command does what is left" in first.out)
 
 
+@pytest.mark.parametrize("edited, why", [
+    ('{"value_embeddings": [[3]]}', "its config or the program was edited after the queue began"),
+    ("{", "Expecting property name enclosed in double quotes"),
+])
+def test_a_run_whose_config_was_edited_after_the_queue_began_is_not_started(queue, folder, edited, why):
+    """The command that --notify runs after the first run edits it."""
+    script = folder / "edit.sh"
+    script.write_text(f"echo '{edited}' > '{folder}/one.toml'")
+    result = queue(*write_configs(folder, one={}), "-n", 2, "--notify", f"sh '{script}'")
+    assert result.status == 1 and started_logs(folder) == ["one/000.txt"]
+    assert f"run.sh: {folder}/logs/one/001.txt: failed: {why}" in result.err
+
+
 def test_the_reason_is_not_that_of_an_earlier_attempt(queue, folder):
     configs = write_configs(folder, one=dict(how="fail"))
     assert "failed: No space left on device" in queue(*configs).err
@@ -248,6 +261,11 @@ def test_missing_data_is_fetched_once(queue, folder, command, expected, fragment
     result = queue(*write_configs(folder, one=dict(fetch=["-c", command.replace("{folder}", str(folder))])))
     assert result.status == expected and fragment in result.err and len(result.err.splitlines()) == (expected == 2)
     assert not (folder / "tried").exists() or (folder / "tried").read_text() == "x"
+
+
+def test_nothing_is_fetched_where_another_config_lacks_what_no_command_gets(queue, folder):
+    result = queue(*write_configs(folder, one=dict(fetch=["-c", f"open('{folder}/shard', 'x')"]), two=dict(fetch=[])))
+    assert result.status == 2 and "no shards" in result.err and not (folder / "shard").exists()
 
 
 # -----------------------------------------------------------------------------
