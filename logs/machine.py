@@ -43,9 +43,10 @@ def find_device() -> torch.device:
 
 
 def count_devices() -> tuple[int, str]:
-    """How many of what this machine trains on. Raises ValueError as `find_device` does."""
-    if find_device().type == "cuda":
+    """How many of what this machine trains on, without taking memory on a GPU. Raises ValueError as `check_no_gpu`."""
+    if torch.cuda.is_available():
         return torch.cuda.device_count(), "GPUs"
+    check_no_gpu()
     return os.cpu_count() or 1, "CPU cores"
 
 

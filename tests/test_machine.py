@@ -29,10 +29,11 @@ def nvidia_smi(tmp_path, monkeypatch):
     return make
 
 
-def test_gpus_that_pytorch_cannot_use_are_a_mistake(nvidia_smi):
+@pytest.mark.parametrize("find", [machine.find_device, machine.count_devices], ids=["a rank", "the queue"])
+def test_gpus_that_pytorch_cannot_use_are_a_mistake(nvidia_smi, find):
     nvidia_smi(f"{H100}\n{H100}")
     with pytest.raises(ValueError) as raised:
-        machine.find_device()
+        find()
     message = str(raised.value)
     assert message.startswith("nvidia-smi shows NVIDIA H100 80GB HBM3 with driver 535.104, but PyTorch "
                               f"{torch.__version__} of {sys.executable}, built for CUDA ")
@@ -47,6 +48,14 @@ def test_without_a_gpu_or_with_hidden_ones_the_device_is_the_cpu(nvidia_smi, mon
     for name, value in variable.items():
         monkeypatch.setenv(name, value)
     assert machine.find_device() == CPU
+
+
+def test_the_queue_counts_gpus_without_taking_memory_on_one(monkeypatch):
+    """A current device would have a CUDA context of hundreds of MiB for as long as the queue lives."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("made current"))
+    assert machine.count_devices() == (8, "GPUs")
 
 
 def test_more_ranks_than_gpus_are_a_mistake(monkeypatch):

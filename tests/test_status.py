@@ -69,7 +69,8 @@ def test_runs_that_failed_or_diverged_have_their_reason(folder, queue_file, caps
     write_log(folder, "b/000", f"{STEPS}diverged at step 125: the validation loss is nan\n{ENDED}diverged\n")
     write_log(folder, "c/000", f"{STEPS}peak memory allocated: 53367 MiB reserved: 60000 MiB\n{ENDED}finished\n")
     write_log(folder, "d/000", f"{STEPS}{ENDED}stopped, with a checkpoint\nresumed at step 1 after 240ms of training\n")
-    queue_file.write(problems={write_log(folder, "e/000"): "failed: signal SIGKILL"})
+    queue_file.write(problems={write_log(folder, "e/000"): "failed: signal SIGKILL",
+                               f"{folder}/c/000.txt": "failed: before it was started again"})
     assert lines(capsys)[1:] == ["a/000: No space left on device",
                                  "b/000: diverged at step 125: the validation loss is nan",
                                  "e/000: failed: signal SIGKILL"]
