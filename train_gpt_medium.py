@@ -94,7 +94,7 @@ class Hyperparameters:
     scale: str = key("", "size and data: a name in configs/scales, or a .toml file; its keys win over the config's")
     value_embeddings: list[list[int]] = key(
         [[0, 13], [1, 14], [2, 15]], "tables, each the list of layers that use it", check=check_value_embeddings)
-    value_embedding_gate: bool = key(False, "a gate for each head of each layer that uses a table")
+    value_embedding_gate: bool = key(False, "a gate for each head of a layer, on the sum of its tables")
     value_embedding_std: float = key(1.0, "standard deviation of the tables' initial values", at_least=0, at_most=1000)
     value_embedding_lr: float = key(0.3, "learning rate of the tables", at_least=0, at_most=1000)
     # data; a sequence is a whole number of the mask's blocks of 128
@@ -135,6 +135,8 @@ def tables_of_layers(tables: list[list[int]]) -> list[list[int]]:
 # Attention is causal, within documents, and within a window of blocks of 128 tokens. Which key blocks a query block
 # sees is worked out on blocks: a *full* block is seen by every token, a *partial* one is masked token by token.
 # FlexAttention takes them as lists; the dense mask for CPUs is made from the same blocks.
+
+Mask = BlockMask | Tensor
 
 
 class SeenBlocks(NamedTuple):
@@ -200,9 +202,6 @@ def dense_mask(blocks: SeenBlocks, docs: Tensor) -> Tensor:
     partial, full = (x.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1) for x in blocks)
     seen = full | partial & (docs[:, None] == docs).tril()
     return torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
-
-
-Mask = BlockMask | Tensor
 
 
 def attention_masks(tokens: Tensor, end_of_text: int, window: Tensor) -> tuple[Mask, Mask]:
@@ -348,7 +347,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(hp.model_dim, hp.num_heads, is_gated) if has_attention else None
         self.mlp = MLP(hp.model_dim)
 
-    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, rows: list[Tensor], skip_weight: Tensor,
+    def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, rows: list[Tensor], skip_weight: Tensor | None,
                 block_lambdas: Tensor, attn_lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
         """x, x0 and skip (T, d), rows (T, d) of each table -> (T, d). The attention's input is not normed."""
         if skip is not None:
@@ -382,27 +381,28 @@ class GPT(nn.Module):
             table.weight.data.mul_(hp.value_embedding_std)
         is_gated = [hp.value_embedding_gate and bool(tables) for tables in self.tables_of]  # by layer
         self.blocks = nn.ModuleList(Block(layer, is_gated[layer], hp) for layer in range(NUM_LAYERS))
-        self.further = [max(0, len(tables) - 1) for tables in self.tables_of]  # uses beyond the first, by layer
+        self.num_further = [max(0, len(tables) - 1) for tables in self.tables_of]  # uses beyond the first, by layer
         self.attention_masks = attention_masks  # an attribute, so that compile_parts can replace it
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
         self.lm_head_w = nn.Parameter(torch.zeros(-(-hp.vocab_size // 128) * 128, hp.model_dim))  # (padded V, d)
         self.scalars = nn.Parameter(torch.cat([
-            torch.ones(NUM_LAYERS),  # skip weights, (L,)
+            torch.ones(NUM_LAYERS),  # skip weights, (L,), by the layer that the skip comes from
             torch.tensor([1.0, 0.0]).repeat(NUM_LAYERS),  # block lambdas, (L, 2)
             torch.tensor([0.5, 0.5]).repeat(NUM_LAYERS),  # attention lambdas, (L, 2): of v and of the first table
-            torch.full((sum(self.further),), 0.5),  # of a layer's further tables, layer by layer
+            torch.full((sum(self.num_further),), 0.5),  # of a layer's further tables, layer by layer
         ]))
 
     def use_bf16(self) -> None:
-        """Keep all parameters but head and scalars in bf16, for CUDA; activations take the embedding's dtype."""
-        for module in (self.embed, self.value_embeds, self.blocks):
-            module.bfloat16()
+        """Keep matrices but the head in bf16, for CUDA; scalars stay fp32. Activations take the embedding's dtype."""
+        for name, p in self.named_parameters():
+            if p.ndim > 1 and name != "lm_head_w":
+                p.data = p.data.bfloat16()
 
     def forward(self, tokens: Tensor, targets: Tensor, window: Tensor) -> Tensor:
         """Mean cross-entropy (nats, fp32) of targets (T,) after tokens (T,), under a long window of `window` blocks."""
         L = NUM_LAYERS
-        skip_weights, block_lambdas = self.scalars[:L].unbind(), self.scalars[L : 3 * L].view(L, 2).unbind()
-        pairs, further = self.scalars[3 * L : 5 * L].view(L, 2).unbind(), self.scalars[5 * L :].split(self.further)
+        skip_weights, lambdas, pairs, *further = self.scalars.split([L, 2 * L, 2 * L, *self.num_further])
+        skip_weights, block_lambdas, pairs = (x.unbind() for x in (skip_weights, lambdas.view(L, 2), pairs.view(L, 2)))
         attn_lambdas = [torch.cat([pair, more]) if len(more) else pair for pair, more in zip(pairs, further)]
         long_mask, short_mask = self.attention_masks(tokens, self.end_of_text, window)
         # A value embedding enters here: each table is read once, and every layer that uses it gets the same rows.
@@ -410,7 +410,7 @@ class GPT(nn.Module):
         x, *x0_of = Share.apply(norm(self.embed(tokens)), L + 1)
         outputs: dict[int, Tensor] = {}  # only those that a skip needs: the others would fill a validation's memory
         for i, block in enumerate(self.blocks):
-            skip, skip_weight = (outputs[SKIPS[i]], skip_weights[SKIPS[i]]) if i in SKIPS else (None, skip_weights[i])
+            skip, skip_weight = (outputs[SKIPS[i]], skip_weights[SKIPS[i]]) if i in SKIPS else (None, None)
             mask = long_mask if i in LONG_WINDOW_LAYERS else short_mask
             x = block(x, x0_of[i], skip, [rows[k] for k in self.tables_of[i]], skip_weight, block_lambdas[i],
                       attn_lambdas[i], mask, self.rotary)
@@ -447,11 +447,9 @@ def model_on_meta(hp: Hyperparameters) -> GPT:
 
 
 def describe_run(hp: Hyperparameters) -> str:
-    """The map as a drawing and the number of parameters by part, for the user to look at before anything starts."""
+    """The map as a drawing and the numbers of parameters, to look at. Raises ValueError as `make_optimizers` does."""
     drawing = draw_map(tables_of_layers(hp.value_embeddings), notes={NO_ATTENTION_LAYER: "no attention"})
-    model = model_on_meta(hp)
-    make_optimizers(model, hp, rank=0, world_size=1)  # raises for a parameter in no optimizer, before anything starts
-    return f"{drawing}\n{count_parameters(model)}"
+    return f"{drawing}\n{count_parameters(make_optimizers(model_on_meta(hp), hp, rank=0, world_size=1))}"
 
 
 # -----------------------------------------------------------------------------
@@ -555,9 +553,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int) -> tuple[torch.optim.AdamW, Muon]:
-    """AdamW, the same on every rank, and Muon, sharded; a new parameter gets a line in one of the two tables.
+    """AdamW, the same on every rank, and Muon, sharded; a new parameter gets a line in one of the two dictionaries.
 
-    Raises ValueError if a parameter would be in no optimizer, so never trained, or in two groups.
+    A group's `name` is the pattern of its parameters' names, for a schedule of its own. Raises ValueError if a
+    parameter would be in no optimizer, so never trained, or in two groups.
     """
     adamw_lr = {
         "lm_head_w": 1 / 320,
@@ -574,10 +573,10 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int)
         if len(matching) != 1:
             raise ValueError(f"parameter {name} is in {len(matching)} groups of make_optimizers; name it in one")
         groups[matching[0]].append(p)
-    adamw = torch.optim.AdamW([dict(params=groups[pattern], lr=lr) for pattern, lr in adamw_lr.items()],
+    adamw = torch.optim.AdamW([dict(params=groups[name], name=name, lr=lr) for name, lr in adamw_lr.items()],
                               betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    muon = Muon([dict(params=groups[pattern], weight_decay=decay) for pattern, decay in muon_weight_decay.items()
-                 if groups[pattern]],  # a parameter that a key adds is in no group while the key is off
+    muon = Muon([dict(params=groups[name], name=name, weight_decay=decay) for name, decay in muon_weight_decay.items()
+                 if groups[name]],  # empty while the key that adds its parameters is off
                 lr=0.025, rank=rank, world_size=world_size)
     for group in adamw.param_groups + muon.param_groups:
         group["initial_lr"] = group["lr"]
@@ -589,7 +588,7 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int)
 
 
 def lr_scale(step: int, num_iterations: int, cooldown_frac: float) -> float:
-    """The factor of all learning rates: 1, then linearly down to 0 over the last cooldown_frac of the steps."""
+    """The factor of the learning rates: 1, then linearly down to 0 over the last cooldown_frac of the steps."""
     x = step / num_iterations
     return 1.0 if x < 1 - cooldown_frac else (1 - x) / cooldown_frac
 
@@ -838,6 +837,7 @@ def main(arguments: Sequence[str]) -> int:
     ranks.together(ranks.check_same, asdict(run.hp) | {"program text": run.code})
     if only_check:
         return 0
+    # Rank 0 locks the log, which settles run_id, seed and the checkpoint; the others take these from it.
     run = ranks.together(lambda: claim(run) if dist.get_rank() == 0 else run)
     hp, path = ranks.gather((run.hp, run.state and log_file.checkpoint_path(run.log.path)))[0]
     run = run._replace(hp=hp, state=ranks.together(lambda: path and checkpoint.load(path)))

@@ -5,11 +5,11 @@
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from configs.keys import error_context
@@ -97,9 +97,8 @@ def draw_map(tables_of_layers: list[list[int]], notes: dict[int, str]) -> str:
     return "\n".join(lines)
 
 
-def count_parameters(model: nn.Module) -> str:
-    """How many parameters each part of the model has."""
-    counts: Counter[str] = Counter()
-    for name, p in model.named_parameters():
-        counts["ve_gate_w" if "ve_gate_w" in name else name.partition(".")[0]] += p.numel()
-    return "\n".join(["parameters:", *(f"{n:>15,}  {part}" for part, n in counts.items())])
+def count_parameters(optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """How many parameters each group of the optimizers has."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group["params"]]
+    counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
+    return "\n".join([f"parameters: {sum(counts.values()):,}", *(f"{n:>15,}  {name}" for name, n in counts.items())])

@@ -33,7 +33,7 @@ class Experiment(NamedTuple):
     kind: str  # "GPUs" or "CPU cores"
     configuration: dict[str, Any]  # resolved, JSON values
     code: str  # program text, as in a log's header
-    description: str
+    drawing: str  # of the map, with the numbers of parameters
     check_data: Callable[[], None]  # raises ValueError, or MissingShardsError with the command that gets them
     read: Callable[[], tuple[dict[str, Any], str]]  # configuration and code as they are now; raises ValueError
 

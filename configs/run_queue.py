@@ -103,7 +103,8 @@ def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]]) ->
             experiments = plan(words)
             check_experiments(experiments, options.run_ids)
             for e in experiments:
-                say(f"{e.config}\n{e.description}\nlogs: {e.folder}\nranks: {e.ranks} of {e.devices} {e.kind}")
+                say(f"{e.config}: {e.configuration['description']}\n{e.drawing}")
+                say(f"logs: {e.folder}\nranks: {e.ranks} of {e.devices} {e.kind}")
             for e in experiments:
                 e.check_data()
             say(f"run.sh: {plural(len(experiments), 'config')} checked, with the data")

@@ -89,8 +89,9 @@ def test_the_scales_are_what_the_readme_says():
     ("baseline", 3, 80, 0), ("none", 0, 80, 0), ("share_01_1415", 2, 80, 0), ("pool_5", 5, 80 + 8 * 4, 0),
     ("pairs_4x2", 8, 80 + 8, 0), ("gate_add_2", 5, 80, 10 * 8 * 16)])
 def test_each_table_gate_and_lambda_is_counted_once(name, tables, scalars, gates):
-    lines = train.describe_run(read(name)).partition("parameters:\n")[2].splitlines()
-    counts = {part: int(count.replace(",", "")) for count, part in (line.split() for line in lines)}
-    expected = dict(embed=50257 * 1024, value_embeds=tables * 50257 * 1024, ve_gate_w=gates, lm_head_w=50304 * 1024,
-                    scalars=scalars, blocks=15 * 4 * 1024**2 + 16 * 8 * 1024**2)
-    assert counts == {part: count for part, count in expected.items() if count}
+    total, *lines = train.describe_run(read(name)).partition("parameters: ")[2].replace(",", "").splitlines()
+    expected = {"lm_head_w": 50304 * 1024, "embed.weight": 50257 * 1024, "value_embeds.*.weight": tables * 50257 * 1024,
+                "blocks.*.attn.ve_gate_w": gates, "scalars": scalars, "blocks.*.attn.qkvo_w": 15 * 4 * 1024**2,
+                "blocks.*.mlp.fc_w": 16 * 4 * 1024**2, "blocks.*.mlp.proj_w": 16 * 4 * 1024**2}
+    assert [line.split() for line in lines] == [[str(count), group] for group, count in expected.items() if count]
+    assert int(total) == sum(expected.values())

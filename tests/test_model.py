@@ -48,11 +48,12 @@ def test_names_and_shapes_are_those_of_a_published_checkpoint(tables, gate):
     assert {name: w.shape for name, w in model.state_dict().items()} == expected
 
 
-def test_dtypes_on_cuda_are_bf16_but_for_head_and_scalars():
+def test_dtypes_on_cuda_are_bf16_but_for_the_head_and_scalars():
     model = make_model(value_embedding_gate=True)
+    model.blocks[3].scale = torch.nn.Parameter(torch.ones(()))  # a scalar that a user adds
     model.use_bf16()
     fp32 = {name for name, w in model.state_dict().items() if w.dtype == torch.float32}
-    assert fp32 == {"lm_head_w", "scalars"}
+    assert fp32 == {"lm_head_w", "scalars", "blocks.3.scale"}
     assert {w.dtype for name, w in model.state_dict().items() if name not in fp32} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
 
