@@ -106,7 +106,8 @@ def run_rank(arguments, folder, fault, environment):
     os.environ.update(environment)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{name}.{rank()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run where a shell ignores it
+    for number in (signal.SIGINT, signal.SIGHUP):  # the tests may run where a shell or nohup has them ignored
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
     prepare(fault)
     sys.exit(train.main(arguments))

@@ -24,10 +24,11 @@ FAKE = [sys.executable, str(ROOT / "tests" / "fake_training.py")]
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_terminal():
-    """Programs inherit which signals are ignored, and a shell's background has SIGINT ignored; queues change them."""
+    """Programs inherit what is ignored: SIGINT in a shell's background, SIGHUP under nohup. Queues change signals."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number in numbers:
         signal.signal(number, before[number])
