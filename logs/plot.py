@@ -44,7 +44,7 @@ def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
         axes.text(comparison.target - zero, -1, f" target {comparison.target:g}", va="center")
     for verdict, (colour, marker) in VERDICTS.items():
         axes.plot([], [], marker, color=colour, label=verdict)
-    axes.legend(loc="upper right", title="95% intervals, all at once")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="95% intervals, all at once")
     runs = [len(family.samples[name]) for name in names]
     axes.set_yticks(range(len(names)), [f"{n} ({k} run{'s'[:k - 1]})" for n, k in zip(names, runs)], parse_math=False)
     axes.set_xlabel(f"{what} less that of {comparison.baseline}", parse_math=False)
