@@ -1,5 +1,6 @@
 """The ranks of a run: how they start, agree, stop together, and end."""
 
+import atexit
 import faulthandler
 import os
 import signal
@@ -42,6 +43,8 @@ def start_process_group() -> None:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # Else a mistake could end as an abort: gloo's threads must not outlive the interpreter.
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def wait_for_all(device: torch.device) -> None:
