@@ -1,123 +1,302 @@
-"""The queue: run 0 of all configs, run 1 of all, and so on. `./run.sh` starts it as `train_gpt_medium.py --queue`.
+"""Train run 0 of every config, then run 1 of every config, and so on. `./run.sh` starts this program.
 
-Before the first run everything is checked and missing data is fetched. Finished runs are skipped, interrupted ones go
-on.
+The queue is a loop over commands and never imports PyTorch. `train_gpt_medium.py --check --json` describes the configs,
+the commands it names fetch missing data, and torchrun trains one run after the other.
 """
 
+import fcntl
 import itertools
+import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
-from datetime import datetime, timedelta
+from contextlib import suppress
 from pathlib import Path
-from statistics import mean
+from typing import Any, NamedTuple
 
-from configs.launch import Launcher, complain
-from configs.queue_plan import ROOT, Experiment, arrange, changed, check_experiments, get_data, read_options
-from logs.log_file import is_finished, last_line, plural, remove_leftover
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configs.config import OneLineParser, error_context
+from logs import log_format, run_log, status
 from logs.run_log import say
-from logs.status import QueueFile, problem, queue_path
 
-NOTIFY_S = 30  # a notification may take
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = "train_gpt_medium.py"
+DEFAULT_CONFIG = "configs/baseline.toml"
+EDITED = "its config or the program was edited after the queue started; start the queue again"
+
+
+class Experiment(NamedTuple):
+    """A config with the options, as `train_gpt_medium.py --check --json` describes it."""
+
+    config: str
+    files: list[str]  # the config and its scale
+    log_folder: str
+    world_sizes: list[int]
+    devices: int
+    device_kind: str  # "GPUs" or "CPU cores"
+    configuration: dict[str, Any]
+    drawing: str
+    fetch: list[str]  # arguments for `python` that fetch missing data; [] if none is missing
+
+    def num_ranks(self) -> int:
+        return max(n for n in self.world_sizes if n <= self.devices)
+
+    def read_program(self) -> tuple[list[bytes], str]:
+        """Return what decides the numbers: config and scale, and the code. The texts are empty if one is gone."""
+        with suppress(OSError, ValueError):
+            return [Path(file).read_bytes() for file in self.files], log_format.program_text()
+        return [], ""
+
+
+def complain(text: str) -> None:
+    with suppress(OSError):  # nobody reads it any more
+        print(text, file=sys.stderr, flush=True)
+
+
+def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
+    """Return the queue's own options, the configs as seen from the repository, and the others as --KEY=VALUE."""
+    usage = "./run.sh [-n RUNS] [CONFIG.toml ...] [--KEY VALUE ...] [--check] [--notify COMMAND]"
+    parser = OneLineParser(usage=usage, add_help=False, allow_abbrev=False)
+    numbers = parser.add_mutually_exclusive_group()
+    numbers.add_argument("-n", type=int, default=1)
+    numbers.add_argument("--run_id", type=int, default=0)
+    parser.add_argument("--notify", default="")
+    parser.add_argument("--check", action="store_true")
+    options, words = parser.parse_known_args(arguments)
+    if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
+        raise ValueError("-n takes the number of runs, 1 to 999, and --run_id the number of a run, 0 to 999")
+    with error_context("--notify"):
+        options.notify = shlex.split(options.notify)
+    wrong = [word for word in words if re.match("-[^-0-9]", word)]
+    if wrong := wrong or [word for word in options.notify[:1] if not shutil.which(word)]:
+        raise ValueError(f"{wrong[0]}: no such option or command; quote COMMAND, as in --notify 'mail -s done me'")
+    configs, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            overrides.append(word if "=" in word else "=".join([word, *itertools.islice(rest, 1)]))
+        else:
+            configs.append(os.path.abspath(word) if Path.cwd() != ROOT and os.path.exists(word) else word)
+    return options, configs, overrides
+
+
+def run_python(arguments: list[str], **options: Any) -> subprocess.CompletedProcess:
+    """Run a Python program to its end. It gets SIGTERM if the queue is killed."""
+    return subprocess.run([sys.executable, *arguments], **options,
+                          preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM))
+
+
+def describe(configs: list[str], overrides: list[str]) -> list[Experiment]:
+    """Have the training script check and describe the configs. Exits with status 2 if it has printed an error."""
+    check = run_python([PROGRAM, "--check", "--json", *configs, *overrides], stdout=subprocess.PIPE, text=True)
+    if check.returncode == 2:
+        sys.exit(2)
+    if check.returncode:
+        raise ValueError(f"{PROGRAM} --check ended with status {check.returncode}; see the lines above")
+    return [Experiment(**values) for values in json.loads(check.stdout)]
+
+
+def check_runs(experiments: list[Experiment], num_runs: int) -> None:
+    """Raise ValueError if runs would share a log or repeat each other."""
+    folders = [e.log_folder for e in experiments]
+    for e in experiments:
+        if folders.count(e.log_folder) > 1:
+            raise ValueError(f"{e.config}: another config logs to {e.log_folder} too; rename one, or name it once")
+        if e.configuration["run_id"] is not None:
+            raise ValueError(f"{e.config}: run_id: the queue numbers the runs; remove the key, or use --run_id N")
+        if e.configuration["seed"] is not None and num_runs > 1:
+            raise ValueError(f"{e.config}: seed: all {num_runs} runs would be equal; omit the key, or omit -n")
+
+
+def fetch_data(experiments: list[Experiment], overrides: list[str], only_check: bool) -> None:
+    """Run the commands that fetch missing data, each once. Raises ValueError if data is missing after that."""
+    tried: list[list[str]] = []
+    while missing := [e for e in experiments if e.fetch]:
+        e, command = missing[0], shlex.join(["python", *missing[0].fetch])
+        if only_check or e.fetch in tried:
+            raise ValueError(f"{e.config}: data is missing; fetch it with: {command}")
+        tried.append(e.fetch)
+        say(f"run.sh: {command}")
+        if run_python(e.fetch).returncode:
+            raise ValueError(f"{command} failed; see the lines above")
+        experiments = describe([e.config for e in experiments], overrides)
 
 
 class Queue:
-    """Runs of experiments. Those that are finished are set aside, with their times for an estimate."""
+    """Train runs one after the other. The first signal stops the queue and its run; a later Ctrl-C kills the run."""
 
-    def __init__(self, experiments: list[Experiment], run_ids: range, file: QueueFile, notify: list[str]):
-        self.file, self.notify_words, self.launcher = file, notify, Launcher(file.descriptor)
-        self.outcomes: dict[Path, str] = {}  # of each log: why its run failed or diverged, "" if it finished
-        self.runs: list[tuple[Experiment, int]] = []  # that are left
-        self.earlier_s: list[float] = []
-        for run_id, experiment in itertools.product(run_ids, experiments):
-            log = experiment.log(run_id)
-            if not is_finished(log):
-                self.runs.append((experiment, run_id))
-                continue
-            self.outcomes[log] = problem(log)
-            remove_leftover(log)
-            if time_ms := re.search(r"train_time:(\d+)ms", last_line(log, "step:")):
-                self.earlier_s.append(int(time_ms[1]) / 1000)
+    def __init__(self, notify: list[str]):
+        """Become the only queue of this machine and checkout. Raises ValueError if there is one.
 
-    def train(self) -> None:
-        """Train the runs, until a signal ends them."""
-        seconds: list[float] = []
-        for number, (experiment, run_id) in enumerate(self.runs, 1):
-            if self.launcher.signal:
+        A killed queue leaves the lock to its run's torchrun, which has inherited it and is stopping; wait for that.
+        """
+        self.notify_words, path = notify, status.queue_path()
+        self.state: dict[str, Any] = {}
+        self.signals: list[int] = []
+        self.outcomes: dict[Path, str] = {}  # log -> why its run failed or diverged, "" if it finished
+        with error_context("cannot keep the queue's state; make its file writable"):
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        for attempt in itertools.count():
+            if not status.is_locked(self.file, fcntl.LOCK_EX):
                 break
-            log, began, mean_s = experiment.log(run_id), time.time(), mean(seconds or self.earlier_s or [0])
-            end = datetime.now() + timedelta(seconds=mean_s * (len(self.runs) - number + 1))
-            projected = f"{end:%Y-%m-%d %H:%M}" if mean_s else "unknown before a run has finished"
-            say(f"run.sh: run {number} of {len(self.runs)}: {log}; projected end {projected}; "
-                f"{experiment.ranks} of {experiment.devices} {experiment.kind}")
-            self.file.write(run=number, runs=len(self.runs), log=os.path.abspath(log), mean_s=mean_s)
-            why = changed(experiment) or self.launcher.train(experiment, run_id)
+            state = status.read_state(path)
+            if "pid" in state and status.is_alive(state["pid"]):
+                raise ValueError(f"process {state['pid']} is a queue that already runs on this machine; wait for its "
+                                 f"end (./run.sh status), or stop it: kill {state['pid']}")
+            if attempt == 10:
+                say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
+            time.sleep(0.1)
+        self.write_state(pid=os.getpid())
+
+    def write_state(self, **changes: Any) -> None:
+        """Change the state that `./run.sh status` reads. A full disk does not stop the queue."""
+        self.state |= changes
+        text = json.dumps(self.state).encode() + b"\n"
+        with suppress(OSError):
+            os.pwrite(self.file, text, 0)
+            os.ftruncate(self.file, len(text))
+
+    def train(self, experiments: list[Experiment], run_ids: range, overrides: list[str]) -> None:
+        """Train all runs, until a signal stops the queue. Skip the finished ones; their times project the end."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, lambda number, frame: self.signals.append(number))
+        runs, seconds = [], []
+        for run_id, e in itertools.product(run_ids, experiments):
+            log = Path(e.log_folder, f"{run_id:03d}.txt")
+            if not run_log.is_finished(log):
+                runs.append((e, log, e.read_program()))
+                continue
+            self.outcomes[log] = run_log.failure_reason(log)
+            run_log.remove_leftover(log)
+            lines = log_format.parse_step_lines(run_log.last_line(log, "step:"))
+            seconds += [line.train_time_ms / 1000 for line in lines]
+        if not runs:
+            say(f"run.sh: {run_log.plural(len(self.outcomes), 'run')} already finished; for more raise -n")
+        for number, (e, log, program) in enumerate(runs, 1):
+            if self.signals:
+                break
+            began, mean_s, name = time.time(), sum(seconds) / max(len(seconds), 1), f"run {number} of {len(runs)}"
+            end = time.strftime("%Y-%m-%d %H:%M", time.localtime(began + mean_s * (len(runs) - number + 1)))
+            say(f"run.sh: {name}: {log}; projected end {end if mean_s else 'unknown until a run has finished'}; "
+                f"{e.num_ranks()} of {e.devices} {e.device_kind}")
+            self.write_state(run=number, runs=len(runs), log=os.path.abspath(log), mean_s=mean_s)
+            files, code = e.read_program()
+            is_edited = files != program[0] or not log_format.is_same_code(code, program[1])
+            why = EDITED if is_edited else self.train_run(e, log, overrides)
             if not why:
                 seconds.append(time.time() - began)
-            elif not is_finished(log) and not self.launcher.signal:
+            elif not run_log.is_finished(log) and not self.signals:
                 why = f"failed: {why}"
             self.outcomes[log] = why
-            self.file.write(problems={os.path.abspath(log): why for log, why in self.outcomes.items() if why})
-            self.notify(f"run {number} of {len(self.runs)}: {log}: {why or 'finished, ' + last_line(log, 'step:')}")
+            self.write_state(problems={os.path.abspath(log): why for log, why in self.outcomes.items() if why})
+            self.notify(f"{name}: {log}: {why or 'finished, ' + run_log.last_line(log, 'step:')}")
+
+    def train_run(self, e: Experiment, log: Path, overrides: list[str]) -> str:
+        """Train one run. Returns why it failed or diverged, "" if it did neither."""
+        old_end, ranks = run_log.last_line(log, "ended: "), e.num_ranks()
+        threads = {"OMP_NUM_THREADS": str(e.devices // ranks)} if e.device_kind == "CPU cores" else {}
+        environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | threads | os.environ  # seconds for a checkpoint
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", PROGRAM,
+                   e.config, *overrides, f"--run_id={int(log.stem)}"]
+
+        def prepare() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+            run_log.end_with_parent(signal.SIGTERM)
+
+        with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0,
+                              start_new_session=True, preexec_fn=prepare, pass_fds=[self.file]) as run:
+            complaint = self.watch(run)
+        if run_log.is_finished(log) or run_log.last_line(log, "ended: ") != old_end:
+            return run_log.failure_reason(log)
+        signals = {-number: f"signal {number.name}" for number in signal.Signals}
+        return complaint.removeprefix(f"{log}: ") or signals.get(run.returncode, f"exit status {run.returncode}")
+
+    def watch(self, run: subprocess.Popen) -> str:
+        """Print a run's standard error and pass on signals until it ends, even if a descendant keeps the pipe open.
+
+        Returns the training program's last complaint, or else what killed a rank.
+        """
+        os.set_blocking(run.stderr.fileno(), False)
+        complaint, killed, text, is_stopping, has_ended = "", "", b"", False, False
+        while not has_ended:
+            time.sleep(0.05)
+            has_ended = run.poll() is not None
+            if self.signals and not is_stopping:
+                # Not SIGTERM: torchrun sends its ranks that when the queue is killed next, and the second signal of one
+                # kind ends a rank without a checkpoint.
+                run.send_signal(signal.SIGHUP)
+                is_stopping = True
+            if signal.SIGINT in self.signals[1:]:
+                run.kill()
+            *lines, text = (text + (run.stderr.read(2**16) or b"")).split(b"\n")  # as much as a pipe holds
+            for line in (line.decode(errors="backslashreplace") for line in lines + [text] * bool(has_ended and text)):
+                if line.startswith(f"{PROGRAM}: "):
+                    complaint = line.removeprefix(f"{PROGRAM}: ")
+                elif found := re.search(r"Signal \d+ \(SIG\w+\)", line):  # torchrun's words
+                    killed = killed or f"a rank was killed by {found[0]}"
+                if line.startswith(f"{PROGRAM}: ") or not self.signals:  # a stopped torchrun has a traceback
+                    complain(line)
+        return complaint or killed
 
     def notify(self, line: str) -> None:
-        """Print a line, and run the user's command with it; what that prints or returns changes nothing."""
+        """Print a line, and run the user's command with it. That command's output and exit status are ignored."""
         say(f"run.sh: {line}")
         if self.notify_words:
             with suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run([*self.notify_words, line], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, timeout=NOTIFY_S)
+                subprocess.run([*self.notify_words, line], timeout=30, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def summarize(self) -> int:
         """Report how the runs ended, with a line for each that did not finish. Returns the exit status."""
-        reasons = [why for why in self.outcomes.values() if why]
-        for log, why in self.outcomes.items():
-            if why:
-                complain(f"run.sh: {log}: {why}")
-        num_diverged, num_failed = (sum(why.startswith(how) for why in reasons) for how in ("diverged", "failed"))
-        summary = f"{len(self.outcomes) - len(reasons)} finished, {num_diverged} diverged, {num_failed} failed"
-        number = self.launcher.signal
-        if number:
-            summary += f", stopped by {signal.Signals(number).name}"
-        if number or num_failed:
-            summary += "; the same command does what is left"
-        self.file.write(ended=f"ended {datetime.now():%a %d %b %H:%M}: {summary}")
+        reasons = {log: why for log, why in self.outcomes.items() if why}
+        for log, why in reasons.items():
+            complain(f"run.sh: {log}: {why}")
+        diverged, failed = (sum(why.startswith(how) for why in reasons.values()) for how in ("diverged", "failed"))
+        summary = f"{len(self.outcomes) - len(reasons)} finished, {diverged} diverged, {failed} failed"
+        if self.signals:
+            summary += f", stopped by {signal.Signals(self.signals[0]).name}"
+        if self.signals or failed:
+            summary += "; rerun the command to resume or start the remaining runs"
+        self.write_state(ended=f"ended {time.strftime('%a %d %b %H:%M')}: {summary}")
         self.notify(summary)
-        return 128 + number if number else int(num_failed > 0)
+        return 128 + self.signals[0] if self.signals else int(failed > 0)
 
 
-def main(arguments: list[str], plan: Callable[[list[str]], list[Experiment]]) -> int:
-    """Returns the exit status: 2 after a mistake, which is one line; 1 if a run failed; 128 + the signal that ended it.
-
-    `plan` checks configs and options but no data; it raises ValueError, and answers --help.
-    """
+def main(arguments: list[str]) -> int:
+    """Return the exit status: 2 after a mistake, 1 if a run failed, 128 + the signal that stopped the queue."""
     try:
-        options, words = read_options(arguments)
-        words = arrange(words)
+        if {"-h", "--help"} & set(arguments):
+            return subprocess.call([sys.executable, ROOT / PROGRAM, "--help"])
+        options, configs, overrides = parse_options(arguments)
         os.chdir(ROOT)
-        if options.check:
-            experiments = plan(words)
-            check_experiments(experiments, options.run_ids)
-            for e in experiments:
-                say(f"{e.config}: {e.configuration['description']}\n{e.drawing}")
-                say(f"logs: {e.folder}\nranks: {e.ranks} of {e.devices} {e.kind}")
-            for e in experiments:
-                e.check_data()
-            say(f"run.sh: {plural(len(experiments), 'config')} checked, with the data")
+        queue = None if options.check else Queue(options.notify)
+        if not configs:
+            configs, is_cpu = [DEFAULT_CONFIG], describe([DEFAULT_CONFIG], overrides)[0].device_kind == "CPU cores"
+            overrides = ["--scale=tiny"] * is_cpu + overrides
+            say(f"run.sh: no config given; using {DEFAULT_CONFIG}{' --scale tiny, as there is no GPU' * is_cpu}")
+        experiments = describe(configs, overrides)
+        check_runs(experiments, options.n)
+        for e in experiments if options.check else []:
+            say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n"
+                f"ranks: {e.num_ranks()} of {e.devices} {e.device_kind}")
+        fetch_data(experiments, overrides, only_check=options.check)
+        if queue is None:
+            say(f"run.sh: {run_log.plural(len(experiments), 'config')} checked, with the data")
             return 0
-        with closing(QueueFile(queue_path())) as file:
-            experiments = plan(words)
-            check_experiments(experiments, options.run_ids)
-            get_data(experiments)
-            queue = Queue(experiments, options.run_ids, file, options.notify)
-            if not queue.runs:
-                say(f"run.sh: {plural(len(queue.outcomes), 'run')} finished already; for more raise -n")
-            queue.train()
-            return queue.summarize()
+        queue.train(experiments, range(options.run_id, options.run_id + options.n), overrides)
+        return queue.summarize()
     except (ValueError, OSError) as error:
         complain(f"run.sh: {error}")
         return 2
+
+
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the first run needs no traceback
+    sys.exit(main(sys.argv[1:]))

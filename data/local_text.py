@@ -1,9 +1,7 @@
-"""Turn text files into shards of bytes: python data/local_text.py [PATH ...]
+"""Turn text files into shards of bytes for --scale tiny: python data/local_text.py [PATH ...]
 
-Writes data/local_text/local_train_*.bin and local_val_*.bin in the speedrun's shard format, for --scale tiny.
-A file is a document: the end-of-text token 256, then its bytes as token ids 0 to 255. A folder stands for the text
-files in it. With no PATH it takes the standard library of the running Python. The documents' order depends on their
-names only; the last tenth of the tokens is the validation set.
+Writes local_train_*.bin and local_val_*.bin to data/local_text. A PATH is a text file or a folder of them; with no PATH
+it takes the standard library of the running Python. data/README.md describes the tokens and the split.
 """
 
 import hashlib
@@ -18,25 +16,26 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.shards import LOCAL_TEXT_FOLDER, write_shard
+from data.shards import write_shard
 
-END_OF_TEXT = 256
+LOCAL_TEXT_FOLDER = Path(__file__).resolve().parent / "local_text"
+EOT_ID = 256  # end of text
 SHARD_TOKENS = 100_000_000
-# Not the standard library's own text: installed packages and, where a distribution ships them, its tests.
-NOT_STANDARD_LIBRARY = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo __pycache__".split())
+# Installed packages, and the tests that some distributions ship, are not the standard library's own text.
+EXCLUDED_FOLDERS = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo __pycache__".split())
 
 
 def standard_library() -> list[Path]:
-    """The Python files of the running Python's standard library, without its tests."""
+    """Return the Python files of the running Python's standard library, without its tests."""
     files = []
     for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
-        subfolders[:] = set(subfolders) - NOT_STANDARD_LIBRARY  # those that are left are walked through
+        subfolders[:] = set(subfolders) - EXCLUDED_FOLDERS  # os.walk enters the remaining ones
         files += [path for name in names if name.endswith(".py") and (path := Path(folder, name)).is_file()]
     return files
 
 
 def text_files(path: Path) -> list[Path]:
-    """The file, or the files below the folder without hidden ones. Raises ValueError if there are none."""
+    """Return the file, or the files below the folder except hidden ones. Raises ValueError if there are none."""
     if path.is_file():
         return [path]
     files = [file for file in path.rglob("*") if file.is_file()]
@@ -47,42 +46,39 @@ def text_files(path: Path) -> list[Path]:
 
 
 def read_documents(files: list[Path]) -> list[np.ndarray]:
-    """The bytes of each file as tokens behind an end-of-text token, in the order of a hash of the names.
-
-    Empty files and those with a zero byte, which are not text, are left out."""
+    """Return each file as tokens, (1 + bytes,) uint16, sorted by a hash of its name. Skips empty and binary files."""
     files = sorted(set(files), key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path))
     texts = (text for path in files if (text := path.read_bytes()) and b"\0" not in text)
-    return [np.concatenate([[END_OF_TEXT], np.frombuffer(text, np.uint8)]).astype(np.uint16) for text in texts]
+    return [np.concatenate([[EOT_ID], np.frombuffer(text, np.uint8)]).astype(np.uint16) for text in texts]
 
 
 def split(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation tokens. The rest of a document that the cut goes through is a validation document."""
+    """Return training and validation tokens (the last tenth). A document cut in two becomes two documents."""
     tokens = np.concatenate(documents)
-    cut = int(len(tokens) * 0.9)
-    val = tokens[cut:]
-    return tokens[:cut], val if val[0] == END_OF_TEXT else np.concatenate([[np.uint16(END_OF_TEXT)], val])
+    train, val = np.split(tokens, [int(len(tokens) * 0.9)])
+    return train, val if val[0] == EOT_ID else np.insert(val, 0, EOT_ID)
 
 
 def byte_frequency_loss(train: np.ndarray, val: np.ndarray) -> float:
-    """Cross-entropy (nats a token) on `val` of a model that knows only how often each token is in `train`."""
-    counts = np.bincount(train, minlength=END_OF_TEXT + 1) + 1  # one more of each: no token is impossible
+    """Return the loss (nats per token) on `val` of a model that knows only how often each token occurs in `train`."""
+    counts = np.bincount(train, minlength=EOT_ID + 1) + 1  # add one to each, so that no token is impossible
     return float(-np.log(counts / counts.sum())[val].mean())
 
 
-def write_shards(tokens_of: dict[str, np.ndarray], output: Path) -> None:
-    """Write each name's tokens as shards `<name>_<number>.bin`, moved there when all are whole; remove older ones."""
+def write_shards(tokens_by_name: dict[str, np.ndarray], output: Path) -> None:
+    """Write each name's tokens as shards `<name>_<number>.bin`. Replace the old ones only when all are complete."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as unfinished:
-        for name, tokens in tokens_of.items():
+        for name, tokens in tokens_by_name.items():
             for number, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
                 write_shard(f"{unfinished}/{name}_{number:06d}.bin", tokens[start : start + SHARD_TOKENS])
-        moved = {path.replace(output / path.name) for path in Path(unfinished).iterdir()}
-    for old in set(output.glob("local_*.bin")) - moved:
+        new = {path.replace(output / path.name) for path in Path(unfinished).iterdir()}
+    for old in set(output.glob("local_*.bin")) - new:
         old.unlink(missing_ok=True)
 
 
 def make_shards(paths: list[Path], output: Path) -> str:
-    """Turn the texts into shards in a folder; returns what was made. Raises ValueError if there is too little text."""
+    """Turn the texts into shards in a folder; return a description. Raises ValueError if there is too little text."""
     files = [file for path in paths for file in text_files(path)] if paths else standard_library()
     documents = read_documents(files)
     if sum(map(len, documents)) < 1000:
@@ -95,18 +91,17 @@ def make_shards(paths: list[Path], output: Path) -> str:
             f"a model that knows only byte frequencies has validation loss {byte_frequency_loss(train, val):.4f}")
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit status."""
+def main(arguments: list[str]) -> None:
+    """Run the command; exit with status 2 and one line if it fails."""
     if any(argument.startswith("-") for argument in arguments):
         print(__doc__)
-        return 0 if {"-h", "--help"} & set(arguments) else 2
+        sys.exit(0 if {"-h", "--help"} & set(arguments) else 2)
     try:
-        print(make_shards([Path(argument) for argument in arguments], LOCAL_TEXT_FOLDER))
+        print(make_shards(list(map(Path, arguments)), LOCAL_TEXT_FOLDER))
     except (ValueError, OSError) as error:
         print(f"local_text.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

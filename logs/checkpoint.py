@@ -1,27 +1,29 @@
-"""Checkpoints: final weights, and all that an interrupted run needs to go on.
-
-Nothing here unpickles anything but tensors, numbers and strings: a checkpoint cannot run code.
-"""
+"""Checkpoints: initial weights, final weights, and the state from which an interrupted run resumes."""
 
 import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from logs.weights import COMPILED_PREFIX, is_finite
+from logs.distributed import Diverged, describe_device, describe_environment
+from logs.log_format import BOOKKEEPING_KEYS, differences
+from logs.run_log import RunLog, checkpoint_path, here_and_now, open_log
+
+COMPILED_PREFIX = "_orig_mod."  # the published script saved its compiled module, which puts this before each name
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint. Raises OSError if it cannot be written.
+    """Write a checkpoint, replacing the one at `path`. Raises OSError if it cannot be written.
 
-    The file at `path` is always complete: a new one is written beside it and renamed once it is on the disk.
+    The file at `path` is always complete: the new one is written beside it and renamed when it is on the disk.
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
@@ -30,97 +32,177 @@ def write(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the renaming must be on the disk too
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name must be on the disk too
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         unfinished.unlink(missing_ok=True)
         raise OSError(f"{path}: {error.__context__ or error}") from None
 
 
 def remove(path: Path) -> None:
-    for name in (path.name, f"{path.name}.unfinished"):  # a crash can leave the second
+    """Remove a checkpoint, and the unfinished one that a crash can leave."""
+    for name in (path.name, f"{path.name}.unfinished"):
         path.with_name(name).unlink(missing_ok=True)
 
 
-def is_finite_everywhere(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-    """Whether all weights and optimizer states of all ranks are finite."""
-    states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
-    is_bad = torch.tensor(int(not is_finite([*model.parameters(), *states])))
-    dist.all_reduce(is_bad)
-    return not is_bad.item()
-
-
-def copy_state(model: nn.Module, replicated: torch.optim.Optimizer, sharded: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and optimizer states, those of all ranks, copied to rank 0's memory; {} on the other ranks.
-
-    Args: an optimizer with the same states on every rank, and one whose states are each on one rank.
-    """
-
-    def copy(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:  # by the parameter's name
-        return {name: {key: tensor.to("cpu", copy=True) for key, tensor in optimizer.state[p].items()}
-                for name, p in model.named_parameters() if p in optimizer.state}
-
-    packed = io.BytesIO()
-    torch.save(copy(sharded), packed)  # a plain pickle of uint16 tensors, the mantissas, cannot be read
-    of_ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(packed.getvalue(), of_ranks)
-    if of_ranks is None:
-        return {}
-    states = copy(replicated)
-    for of_rank in of_ranks:
-        states |= torch.load(io.BytesIO(of_rank), weights_only=True)
-    return dict(model=copy_weights(model), optimizer_states=states)
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, its tensors as memory maps. `weights_only` refuses a file that could execute code."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights in the CPU's memory, under the names of a published checkpoint."""
+    """Copy the weights to the CPU's memory, under the names of a published checkpoint."""
     return {COMPILED_PREFIX + name: w.to("cpu", copy=True) for name, w in model.state_dict().items()}
 
 
+def write_weights(log: RunLog, model: nn.Module, step: int, code: str) -> None:
+    """Write the final weights beside the log, in the form of a published checkpoint. Raises OSError as `write`."""
+    write(log.path.with_suffix(".ckpt"), dict(step=step, code=code, model=copy_weights(model)))
+
+
+def read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:
+    """Read initial weights from a checkpoint of this program or of the published script, by the model's names.
+
+    Raises ValueError if the file is not a checkpoint, or if a weight is missing, unknown, misshapen or not finite.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; name an existing checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        weights = {name.removeprefix(COMPILED_PREFIX): w for name, w in checkpoint["model"].items()}
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__}); "
+                         "name a file from torch.save, of a dict with the weights under 'model'") from None
+    expected = model.state_dict()
+    fix = "name a checkpoint of a model with the same value embeddings, vocab_size and model_dim"
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"{path}: parameter {missing[0]} is missing ({len(missing)} in all); {fix}")
+    if unknown := [name for name in weights if name not in expected]:
+        raise ValueError(f"{path}: parameter {unknown[0]} is not in this model ({len(unknown)} in all); {fix}")
+    for name, w in weights.items():
+        shape = list(w.shape) if isinstance(w, Tensor) else type(w).__name__
+        if shape != list(expected[name].shape):
+            raise ValueError(f"{path}: parameter {name} is {shape} instead of {list(expected[name].shape)}; {fix}")
+        if not (w.layout == torch.strided and w.device.type == "cpu" and w.is_floating_point() and is_finite([w])):
+            raise ValueError(f"{path}: parameter {name} is not a plain tensor of finite numbers ({w.dtype}); "
+                             "name another checkpoint")
+    return weights
+
+
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all numbers of all floating-point tensors are finite; waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]).all())
+
+
+def is_finite_everywhere(model: nn.Module, optimizers: Iterable[Optimizer]) -> bool:
+    """Return whether all weights and optimizer states of all ranks are finite, on every rank."""
+    states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
+    num_bad_ranks = torch.tensor(int(not is_finite([*model.parameters(), *states])))
+    dist.all_reduce(num_bad_ranks)
+    return not num_bad_ranks.item()
+
+
+def copy_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Copy the states that an optimizer has on this rank to the CPU's memory, by the parameter's name."""
+    return {name: {key: tensor.to("cpu", copy=True) for key, tensor in optimizer.state[p].items()}
+            for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def copy_state(model: nn.Module, replicated: Optimizer, sharded: Optimizer) -> dict[str, Any]:
+    """Copy weights and all ranks' optimizer states to rank 0's CPU memory; return {} on the other ranks.
+
+    `replicated` has the same states on every rank; each state of `sharded` is on one rank.
+    """
+    states = copy_optimizer(model, sharded)
+    if dist.get_world_size() > 1:
+        packed = io.BytesIO()
+        torch.save(states, packed)  # plain pickle writes uint16 tensors, Muon's mantissas, that it cannot read
+        gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(packed.getvalue(), gathered)
+        if gathered is None:
+            return {}
+        for content in gathered[1:]:
+            states |= torch.load(io.BytesIO(content), weights_only=True)
+    return dict(model=copy_weights(model), optimizer_states=states | copy_optimizer(model, replicated))
+
+
 @torch.no_grad()
-def restore(state: dict[str, Any], model: nn.Module, replicated: torch.optim.Optimizer,
-            sharded: torch.optim.Optimizer) -> None:
-    """The inverse of `copy_state`, on every rank; of `sharded` it takes the states of the parameters in `owned`."""
-    owner = {p: replicated for group in replicated.param_groups for p in group["params"]}
-    owner |= dict.fromkeys(sharded.owned, sharded)
+def restore(state: dict[str, Any], model: nn.Module, replicated: Optimizer, sharded: Optimizer) -> None:
+    """Undo `copy_state`, on every rank; `sharded` takes the states of the parameters that it owns on this rank."""
+    optimizer_of = {p: replicated for group in replicated.param_groups for p in group["params"]}
+    optimizer_of |= dict.fromkeys(sharded.owned, sharded)
     for name, p in model.named_parameters():
         p.copy_(state["model"][COMPILED_PREFIX + name])
-        if p in owner:
+        if p in optimizer_of:
             tensors = state["optimizer_states"][name].items()
-            owner[p].state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in tensors}
+            optimizer_of[p].state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in tensors}
 
 
-def read_interrupted(path: Path, must_equal: Callable[[int], dict[str, Any]]) -> dict[str, Any] | None:
-    """The checkpoint of an interrupted run, its tensors mapped and not read; None if there is none.
+def save(log: RunLog, identity: dict[str, Any], model: nn.Module, optimizers: Sequence[Optimizer], step: int,
+         train_time_ms: float) -> None:
+    """Write the checkpoint from which the run can resume at `step`; if that fails, log a line and keep an earlier one.
 
-    `must_equal(step)` is what the run, interrupted at that step, must have in common with this one.
+    Every rank calls it. Raises Diverged if a number is not finite.
+    """
+    if not is_finite_everywhere(model, optimizers):
+        raise Diverged(step, "a weight or an optimizer state is not finite")
+    state = copy_state(model, *optimizers)
+    if log.path is not None:
+        state |= dict(step=step, train_time_ms=train_time_ms, log_bytes=log.size(), identity=json.dumps(identity))
+        try:
+            write(checkpoint_path(log.path), state)
+        except OSError as error:
+            log.line(f"no checkpoint at step {step}: {error}; any earlier checkpoint stays")
 
-    Raises ValueError if the file is damaged, or if something differs: the message names what.
+
+def read_resumable(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the checkpoint of an interrupted run; return None if there is no file.
+
+    Raises ValueError if the file is damaged, or if its identity is another one; the message names each difference.
     """
     if not os.path.lexists(path):
         return None
-    fix = "move it and its log away to start this run from the beginning, or use another run_id"
+    fix = "move it and its log away to start the run over, or use another run_id"
     try:
         if (damaged := zipfile.ZipFile(path).testzip()) is not None:
             raise ValueError(f"{damaged} is damaged")
         state = load(path)
-        theirs, step = json.loads(state["must_equal"]), int(state["step"])
+        then, *_ = json.loads(state["identity"]), state["step"], state["train_time_ms"], state["log_bytes"]
+        changes = differences(then, identity, BOOKKEEPING_KEYS)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not a checkpoint that a run can go on from ({reason}); {fix}") from None
-    ours = json.loads(json.dumps(must_equal(step)))
-    if changed := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
-        shown = ", ".join(describe_change(name, theirs.get(name), ours.get(name)) for name in changed)
-        raise ValueError(f"{path}: this is not the run that was interrupted: {shown}; set that back, or {fix}")
+        raise ValueError(f"{path}: not a checkpoint to resume from ({type(error).__name__}: {error}); {fix}") from None
+    if changes:
+        raise ValueError(f"{path}: the interrupted run is not this one: {', '.join(changes)}; set that back, or {fix}")
     return state
 
 
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def open_run(path: Path, is_new: bool, identity: dict[str, Any]) -> tuple[RunLog, dict[str, Any], dict | None]:
+    """Lock a log on rank 0, truncated to its checkpoint; return it, the identity with run_id and seed, the checkpoint.
+
+    Raises ValueError if the log cannot be written, or if the run is finished, is running or is not the one interrupted.
+    """
+    if dist.get_rank() > 0:
+        return RunLog(None), identity, None
+    try:
+        log = open_log(path, is_new)
+    except OSError as error:
+        raise ValueError(f"log_dir: {error}; set log_dir to a folder that you can write to") from None
+    log.lock()
+    run_id = int(log.path.stem)
+    identity = identity | dict(run_id=run_id, seed=run_id if identity["seed"] is None else identity["seed"])
+    state = read_resumable(checkpoint_path(log.path), identity)
+    log.truncate(state["log_bytes"] if state else 0)
+    return log, identity, state
 
 
-def describe_change(name: str, was: Any, now: Any) -> str:
-    """A difference in words; the program text is too long to be shown."""
-    shown = [json.dumps(value) for value in (was, now)]
-    return f"{name} was {shown[0]} and is {shown[1]}" if max(map(len, shown)) < 200 else f"{name} has changed"
+def begin_log(log: RunLog, identity: dict[str, Any], state: dict[str, Any] | None, drawing: str,
+              device: torch.device) -> tuple[int, float]:
+    """Write the header, or a resumed run's line; return the step and the training time (ms) to begin at."""
+    if state is None:
+        configuration = {name: value for name, value in identity.items() if name != "code"}
+        log.write_header(identity["code"], configuration, describe_environment(), drawing, describe_device(device))
+        return 0, 0.0
+    step, time_ms = state["step"], state["train_time_ms"]
+    log.line(f"resumed at step {step} after {time_ms:.0f}ms of training; {here_and_now()}; {describe_device(device)}")
+    return step, time_ms

@@ -1,4 +1,4 @@
-"""Reading: which files are logs, what a log says, and which runs are of one configuration."""
+"""Read logs: which files are logs, what each one says, and which runs belong to one configuration."""
 
 import glob
 import os
@@ -9,30 +9,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from logs.log_file import BOOKKEEPING_KEYS
+from logs.log_format import RUN_KEYS, Header, StepLine, differences, parse_step_lines, split_log
 
-RESULT = re.compile(
-    r"^step:(\d{1,12})/(\d{1,12})(?: val_loss:(\d{1,12}\.\d{1,12}|-?nan|-?inf))?"
-    r" train_time:(\d{1,15})ms step_avg:(\d+\.\d+|nan|inf)ms$", re.MULTILINE | re.ASCII,
-)
-DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b", re.MULTILINE | re.ASCII)
-RULE = re.compile(r"^={100}$", re.MULTILINE)
-ENVIRONMENT = re.compile(r"\s*Running (Python|PyTorch|pytorch) ")
-SETTING = re.compile(r"(\w+) = (.*)")
-WITHOUT_EFFECT = BOOKKEEPING_KEYS | {"seed", "run_id"}
+# A resumed run can diverge and be resumed again: the line counts only if no step line follows it.
+DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b(?!.*^step:)", re.MULTILINE | re.DOTALL | re.ASCII)
 
 
 class Curve(NamedTuple):
-    """Validations in the order of their steps; losses in nats a token, training time in seconds."""
+    """Validations in the order of their steps: losses in nats per token, training time in seconds."""
     steps: np.ndarray
     losses: np.ndarray
     seconds: np.ndarray
 
 
-class Run(NamedTuple):
+class Result(NamedTuple):
     """What one log says."""
     path: Path
-    identity: dict[str, str]  # what runs of one configuration share: its keys, the program text, num_iterations
+    header: Header
     num_iterations: int
     curve: Curve
     step_avg_ms: float  # as the last line states it
@@ -40,56 +33,48 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been validated and the run has not diverged."""
+        """Whether the last step was validated and the run did not diverge."""
         return self.diverged_at is None and self.curve.steps[-1:].sum() >= self.num_iterations
 
 
-def split_log(text: str) -> tuple[dict[str, str], str]:
-    """The configuration, with the program text as one key more, and the results of a log.
-
-    The program text can hold rules and results, so parts are counted from the environment, or from the log's end.
-    """
-    parts = RULE.split(text)
-    end = max((i for i, part in enumerate(parts) if ENVIRONMENT.match(part)), default=len(parts) - 1)
-    lines = parts[end - 1].strip().splitlines() if end > 1 else []
-    settings = [match for line in lines if (match := SETTING.fullmatch(line))]
-    has_settings = 0 < len(settings) == len(lines)  # else it is program text: the speedrun's logs have no configuration
-    identity = {match[1]: match[2] for match in settings if has_settings and match[1] not in WITHOUT_EFFECT}
-    identity["program text"] = "".join(parts[: end - has_settings])
-    return identity, "\n".join(parts[end + 1 :] or parts[end:])
-
-
-def read_run(path: Path) -> Run:
-    """Read a log. Raises ValueError if it has no results, or if its training time falls."""
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\n")  # a machine that stops can leave NULs
-    identity, results = split_log(text)
-    lines: list[tuple[int, bool, re.Match]] = []  # a step's validation (True) follows its training
-    for match in RESULT.finditer(results):
-        order = int(match[1]), match[3] is not None
-        while lines and lines[-1][:2] >= order:
-            lines.pop()  # a resumed run wrote it again
-        lines.append((*order, match))
+def read_result(path: Path) -> Result:
+    """Read a log. Raises ValueError if it has no results or if its training time falls."""
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\n")  # a crash can leave NUL bytes
+    header, results = split_log(text)
+    place = (lambda line: (line.step, line.val_loss is not None))  # the validation at a step follows its training
+    lines: list[StepLine] = []
+    for line in parse_step_lines(results):
+        while lines and place(lines[-1]) >= place(line):
+            lines.pop()  # a resumed run has repeated it
+        lines.append(line)
     if not lines:
-        raise ValueError(f"{path}: no results in it (lines like step:1/2 val_loss:4.3 train_time:9ms step_avg:9.00ms)")
-    rows = [(int(match[1]), float(match[3]), int(match[4]) / 1000) for _, validates, match in lines if validates]
-    curve = Curve(*np.array(rows).reshape(-1, 3).T)
+        raise ValueError(f"{path}: skipped, no results (such as step:1/2 val_loss:4.3 train_time:9ms step_avg:9.00ms)")
+    rows = [(line.step, line.val_loss, line.train_time_ms / 1000) for line in lines if line.val_loss is not None]
+    curve = Curve(*np.array(rows, float).reshape(-1, 3).T)
     if (np.diff(curve.seconds) < 0).any():
-        raise ValueError(f"{path}: left out, its train_time falls between validations")
-    last = lines[-1][2]
-    diverged = [*curve.steps[~np.isfinite(curve.losses)], *(m[1] for m in DIVERGED.finditer(results, last.end()))]
-    identity["num_iterations"] = last[2]
-    return Run(path, identity, int(last[2]), curve, float(last[5]), min(map(int, diverged), default=None))
+        raise ValueError(f"{path}: skipped, its train_time falls between validations")
+    diverged = min(map(int, [*curve.steps[~np.isfinite(curve.losses)], *DIVERGED.findall(results)]), default=None)
+    return Result(path, header, lines[-1].num_iterations, curve, lines[-1].step_avg_ms, diverged)
+
+
+def list_changes(then: Result, now: Result) -> list[str]:
+    """Describe how the configuration of `now` differs: keys with both values, the code, the data, the length."""
+    one_sided = [part for part, a, b in zip(Header._fields, then.header, now.header) if bool(a) != bool(b)]
+    old, new = ({"code": run.header.code, **run.header.configuration, "num_iterations": run.num_iterations}
+                for run in (then, now))
+    unknown = {"code"} & {*one_sided} | (old.keys() ^ new.keys() if "configuration" in one_sided else set())
+    return [f"only one log records the {part}" for part in one_sided] + differences(old, new, RUN_KEYS | unknown)
 
 
 def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
-    """{folder: its logs}, or {log: {log}} for one given by itself, and lines on what was passed over.
+    """Return {folder: its logs}, or {log: {log}} for a log given by itself, and a line on each thing skipped.
 
-    The logs in a folder and one level below are taken; where there are none, those of the next level that has some.
+    Logs in a folder and one level below it count; if there are none, those of the next level that has some.
     """
     found: dict[Path, set[Path]] = defaultdict(set)
     without, notes = [], []
     for given in paths:
-        path = Path(os.path.realpath(given))  # so that a log named twice is counted once
+        path = Path(os.path.realpath(given))  # so that a log named twice counts once
         names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else [""]
         files = {path / name: max(2, len(Path(name).parts)) for name in names if (path / name).is_file()}
         depths = {f: n for f, n in files.items() if f.suffix in (".txt", ".log") and f.name != "requirements.txt"}
@@ -98,12 +83,12 @@ def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
             found[next((k for k, logs in found.items() if log in logs), log.parent if path.is_dir() else log)].add(log)
         without += [] if near else [str(given) if path.exists() else f"{given} (no such file)"]
         if len(near) < len(depths):
-            notes.append(f"{given}: {len(depths) - len(near)} logs in deeper folders left out; name their folder")
-    return found, notes + [f"passed over, no logs (*.txt, *.log): {', '.join(without)}"] * bool(without)
+            notes.append(f"{given}: skipped {len(depths) - len(near)} logs in deeper folders; name their folder")
+    return found, notes + [f"skipped, no logs (*.txt, *.log): {', '.join(without)}"] * bool(without)
 
 
 def shortest_names(paths: list[Path]) -> list[str]:
-    """For each path as much of its end as tells it from the others; a numbered log's name goes with its folder's."""
+    """Name each path by the shortest end that is unique; a numbered log's name includes its folder's."""
     parts = [path.with_suffix("").parts if path.is_file() else path.parts for path in paths]
     names = []
     for path, own in zip(paths, parts):
@@ -113,30 +98,23 @@ def shortest_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def split_runs(name: str, runs: list[Run]) -> tuple[dict[str, list[Run]], list[str]]:
-    """{name: runs of one program, configuration and length}, and a line where that makes more than one name."""
-    keys = {key: {run.identity.get(key) for run in runs} for run in runs for key in run.identity}
-    differing = sorted(key for key, values in keys.items() if len(values) > 1)
-    kinds: dict[tuple, list[Run]] = defaultdict(list)
-    for run in runs:
-        kinds[tuple(run.identity.get(key) for key in differing)].append(run)
-    groups = {f"{name}:{i}" if i > 1 else name: group for i, group in enumerate(kinds.values(), 1)}
-    members = "; ".join(f"{key} is {', '.join(run.path.name for run in group)}" for key, group in groups.items())
-    return groups, [f"{name}: split, as its runs differ in {', '.join(differing)}: {members}"] * bool(differing)
-
-
-def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Run]], list[str]]:
-    """{name: runs} of every configuration with results, and a line on everything that was split or left out."""
+def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Result]], list[str]]:
+    """Return {name: runs} and a line on everything skipped. Runs of one folder that differ are split and noted."""
     found, notes = find_logs(paths)
-    configurations: dict[str, list[Run]] = {}
-    for name, logs in zip(shortest_names(list(found)), found.values()):
-        runs: list[Run] = []
+    configurations: dict[str, list[Result]] = {}
+    for folder, logs in zip(shortest_names(list(found)), found.values()):
+        groups: dict[str, list[Result]] = {}
         for log in sorted(logs):
             try:
-                runs.append(read_run(log))
+                run = read_result(log)
             except (ValueError, OSError) as error:
                 notes.append(str(error))
-        groups, lines = split_runs(name, runs)
+                continue
+            name = next((name for name, group in groups.items() if not list_changes(group[0], run)), "")
+            if not name:
+                name = f"{folder}:{len(groups) + 1}" if groups else folder
+                changes = "; ".join(list_changes(groups[folder][0], run)) if groups else ""
+                notes += [f"{name} ({log.name}) is split from {folder}: {changes}"] * bool(changes)
+            groups.setdefault(name, []).append(run)
         configurations |= groups
-        notes += lines
     return configurations, notes

@@ -1,83 +1,142 @@
-"""Writing the log of a run: its number, its lock, its header and lines. Needs no PyTorch."""
+"""The log file of a run: its place, its state, and the running script's writer of it.
 
+It imports only the standard library, so `./run.sh status` answers at once; only a progress bar imports tqdm.
+"""
+
+import ctypes
 import fcntl
 import itertools
-import json
 import os
+import re
+import shlex
 import shutil
+import socket
 import sys
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from logs.log_format import RUN_KEYS, differences, format_header, format_step_line, read_header
 
-from logs.log_file import RULE, here_and_now, is_finished, last_line, remove_leftover
+TAIL_BYTES = 4000  # `last_line` searches this much of a log
+LOCK_WAIT_S = 10  # a rank whose launcher was killed exits within this time
+PRINT_EVERY = 25  # training steps between lines on standard output, unless it is a terminal
 
-LOCK_WAIT_S = 10  # a rank whose launcher was killed ends sooner than that
-SHOWN_EVERY = 25  # training steps between the lines on standard output, if it is no terminal
+
+def plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def here_and_now() -> str:
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S} on {socket.gethostname()}"
+
+
+def end_with_parent(signal_number: int) -> None:
+    """Have Linux send this process a signal when the thread that started it ends; do nothing on other systems."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal_number)  # PR_SET_PDEATHSIG
 
 
 def say(text: str) -> None:
-    """Print a line, above a progress bar if there is one. A run goes on when nobody reads its output any more."""
-    if sys.stdout is None:  # closed by the caller
-        return
+    """Print a line. The program continues if standard output is closed."""
     try:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        print(text.encode(errors="backslashreplace").decode(), flush=True)  # a file name can hold any bytes
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def train_line(step: int, num_iterations: int, train_time_ms: float) -> str:
-    """The line of a training step, to the letter as published logs have it; `step` counts the updates made."""
-    step_avg_ms = train_time_ms / max(step, 1)
-    return f"step:{step}/{num_iterations} train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms"
+def is_locked(descriptor: int, operation: int) -> bool:
+    """Tell whether another process holds the lock that `operation` asks for; if none does, take it."""
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)  # else the file system has no locks
+    return False
 
 
-def val_line(step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> str:
-    """The line of a validation, to the letter too."""
-    return train_line(step, num_iterations, train_time_ms).replace(" ", f" val_loss:{val_loss:.6f} ", 1)
+def log_path(log_dir: str, scale: str, config: Path, run_id: int) -> Path:
+    """Return LOG_DIR/SCALE/CONFIG/RUN_ID.txt, or LOG_DIR/CONFIG/RUN_ID.txt without a scale."""
+    return Path(log_dir) / (Path(scale).stem if scale else "") / config.stem / f"{run_id:03d}.txt"
+
+
+def checkpoint_path(log: Path) -> Path:
+    """Return the path of the checkpoint that an interrupted run resumes from. (RUN_ID.ckpt has the final weights.)"""
+    return log.with_suffix(".resume.ckpt")
+
+
+def last_line(log: Path, beginning: str) -> str:
+    """Return the last complete line with this beginning; "" if the log is missing or has no such line."""
+    with suppress(FileNotFoundError), open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        lines = re.findall(rb"^(%s.*)\n" % re.escape(beginning.encode()), file.read(), re.MULTILINE)
+        return lines[-1].decode(errors="replace") if lines else ""
+    return ""
+
+
+def is_finished(log: Path) -> bool:
+    """Tell whether a run has made its last step or has diverged."""
+    return bool(last_line(log, "peak memory ") or last_line(log, "diverged at step "))
+
+
+def failure_reason(log: Path) -> str:
+    """Return why a run diverged or stopped early, as its log says; "" if it did neither."""
+    last = last_line(log, "")
+    stopped = last.startswith("ended: ") and not is_finished(log)
+    return last_line(log, "diverged at step ") or (last.split(": ", 2)[-1] if stopped else "")
+
+
+def remove_leftover(log: Path) -> None:
+    """Remove the checkpoint of a finished run that was killed just before it removed the checkpoint itself."""
+    if last_line(log, "peak memory "):  # a diverged run keeps its checkpoint
+        checkpoint_path(log).unlink(missing_ok=True)
+
+
+def check_finished_runs(folder: Path, identity: dict[str, Any]) -> None:
+    """Raise ValueError if a finished run in `folder` had other keys, data or code than `identity`."""
+    for log in filter(is_finished, sorted(folder.glob("[0-9][0-9][0-9].txt"))):
+        header = read_header(log)
+        changes = differences(header.configuration | {"code": header.code}, identity, RUN_KEYS)
+        if changes:
+            names = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(1))
+            free = next(path for path in names if not path.exists())
+            raise ValueError(f"{log}: finished as another experiment: {changes[0]}; give the config another name, "
+                             f"or move the folder: mv {shlex.quote(str(folder))} {shlex.quote(str(free))}")
 
 
 class RunLog:
-    """A run's log file, and standard output. Without a path, as on all ranks but the first, it writes nothing.
+    """Write a run's log and standard output; without a path, as on ranks above 0, write nothing.
 
-    A line is in the file as soon as it is written. Raises OSError if it cannot be written; FileExistsError if the
-    file exists but should be new.
+    Each line reaches the file at once. Raises OSError if the file cannot be written, FileExistsError if a new log's
+    file exists.
     """
 
     def __init__(self, path: Path | None, new: bool = True):
-        self.path, self.bar = path, tqdm(disable=True)
+        self.path, self.bar = path, None
         if path is not None:
             self.file = open(path, "x" if new else "a", buffering=1, encoding="utf-8", errors="backslashreplace")
 
     def lock(self) -> None:
-        """Keep other processes from this run until this process ends. Raises ValueError if it is taken or finished."""
-        for _ in range(10 * LOCK_WAIT_S):
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
-        else:
-            raise ValueError(f"{self.path}: another process runs this; wait for its end or use another run_id")
+        """Exclude other processes from this run until this one exits. Raises ValueError if it is taken or finished."""
+        give_up = time.monotonic() + LOCK_WAIT_S
+        while is_locked(self.file.fileno(), fcntl.LOCK_EX):
+            if time.monotonic() > give_up:
+                raise ValueError(f"{self.path}: another process runs this; wait for its end or use another run_id")
+            time.sleep(0.1)
         if is_finished(self.path):
             remove_leftover(self.path)
             raise ValueError(f"{self.path} is finished, and a log is never overwritten; use another run_id")
 
     def size(self) -> int:
-        """Bytes, all of them on the disk: a checkpoint that is there must not count lines that a crash can lose."""
+        """Sync the file and return its bytes: a checkpoint must not count lines that a crash can lose."""
         os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
 
-    def cut(self, size: int) -> None:
-        """Keep the first `size` bytes, what the log held at the checkpoint. Raises ValueError if there are fewer.
+    def truncate(self, size: int) -> None:
+        """Keep the first `size` bytes, as many as at the checkpoint. Raises ValueError if the log is shorter.
 
-        A log with results that starts over is kept as <run_id>.txt.interrupted.
+        Without a checkpoint (size 0), copy a log with results to RUN_ID.txt.interrupted.
         """
         if self.size() < size:
             raise ValueError(f"{self.path}: shorter than at its checkpoint; put the log back, or use another run_id")
@@ -87,44 +146,49 @@ class RunLog:
         os.ftruncate(self.file.fileno(), size)
 
     def write_header(self, code: str, configuration: dict[str, Any], *descriptions: str) -> None:
-        """Program text, resolved configuration (TOML) and environment: what it takes to repeat the run."""
-        keys = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in configuration.items()]
-        self.to_file("\n".join([code, RULE, *keys, RULE, *descriptions, f"started: {here_and_now()}", RULE]))
+        """Write what it takes to repeat the run: code, resolved configuration and environment."""
+        self.to_file(format_header(code, configuration, *descriptions, f"started: {here_and_now()}"))
 
     def to_file(self, text: str) -> None:
         if self.path is not None:
             self.file.write(f"{text}\n")
 
     def line(self, text: str) -> None:
-        """A line for the file and for standard output."""
+        """Write a line to the file and to standard output."""
+        self.to_file(text)
+        if self.bar:
+            self.bar.clear()  # its next update draws it again, below the line
         if self.path is not None:
-            self.to_file(text)
             say(text)
 
     def show_progress(self, num_iterations: int, step: int) -> None:
-        """Show a bar instead of the training lines if standard output is a terminal."""
+        """Show a bar instead of training lines if standard output is a terminal."""
         if self.path is not None and sys.stdout and sys.stdout.isatty():
+            from tqdm import tqdm
+
             self.bar = tqdm(total=num_iterations, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def train_line(self, step: int, num_iterations: int, train_time_ms: float) -> None:
-        """The line of a training step: all in the file; on standard output a bar, or every 25th."""
-        text = train_line(step, num_iterations, train_time_ms)
+        """Write a training step's line to the file; on standard output, advance the bar or print every 25th line."""
+        text = format_step_line(step, num_iterations, train_time_ms)
         self.to_file(text)
-        self.bar.update()
-        if self.path is not None and self.bar.disable and step % SHOWN_EVERY == 0:
+        if self.bar:
+            self.bar.update()
+        elif self.path is not None and step % PRINT_EVERY == 0:
             say(text)
 
     def end(self, why: str) -> None:
-        """Write the last line, with date and host; a failure to write it is ignored."""
+        """Write the last line, with date and host, and ignore a failure to write it."""
         with suppress(OSError):
             self.to_file(f"ended: {here_and_now()}: {why}")
-            self.bar.close()
+            if self.bar:
+                self.bar.close()
 
 
 def open_log(path: Path, is_new: bool) -> RunLog:
-    """The log of a run; if it must be new, with the first number from the path's that no log or checkpoint has.
+    """Open a run's log; if it is new, under the first number from the path's on that no log or checkpoint has.
 
-    Raises OSError if it cannot be written.
+    Raises OSError if the log cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for run_id in range(int(path.stem), 1000):

@@ -1,15 +1,15 @@
-"""Candidates: faster ways to parts of the model, on trial. `apply(model, ["tables", "mlp", "head"])` puts them in.
+"""Provide candidates, faster ways to compute parts of the model: `apply(model, ["tables", "mlp", "head"])`.
 
-    tables  the gradient of an embedding table: tokens are sorted, each token's rows added up and written once
-    mlp     ReLU squared and its derivative inside the products before them, instead of passes over (T, 4d)
-    head    the gradients of the loss computed together with the loss, half of the sequence at a time
+    tables  sort the tokens, sum each token's gradient rows of an embedding table and write each sum once
+    mlp     compute squared ReLU and its derivative within the products before them, without passes over (T, 4d)
+    head    compute the gradients of the loss together with the loss, half of the sequence at a time
 
-The model knows nothing of them: `apply` replaces methods of one instance, before `compile_parts`. tests/benchmark.py
-times them against the model's own; what pays on a GPU moves into the model, the rest is deleted. The kernels are
-Triton's (https://triton-lang.org), each behind a custom operator, which torch.compile leaves as it is. Bytes and times
-below are for T = 65,536, d = 1024 and bf16.
+The model does not know them: `apply` replaces methods of one instance, before `compile_parts`. A candidate that pays in
+tests/benchmark.py on a GPU moves into the model; the others are deleted. Each Triton kernel (https://triton-lang.org)
+is behind a custom operator, which torch.compile leaves alone. Bytes and times are for T = 65,536, d = 1024 and bf16.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import MethodType
 from typing import Any
@@ -25,36 +25,26 @@ import train_gpt_medium as train
 # -----------------------------------------------------------------------------
 # The gradient of an embedding table
 
+ROW_SUMS_PROGRAMS, ROW_SUMS_TILE = 512, dict(ROWS=32, COLUMNS=128)
 
-@lru_cache(maxsize=1)  # the tables of a model are read one after the other for the same tensor
-def find_occurrences(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where each token of a sequence (T,) occurs; does not wait for the GPU.
 
-    Returns ids (T,), the tokens sorted; order (T,) int64, their positions; starts (T + 1,) int64; count (1,) int64 of
-    distinct tokens. The i-th distinct token is at the positions order[starts[i] : starts[i + 1]], for i < count.
+@lru_cache(maxsize=1)  # a model looks up the same tokens in every table
+def find_occurrences(tokens: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return order (T,) and starts (V + 1,), int64, without waiting for the GPU.
+
+    Token v of `tokens` (T,) occurs at the positions order[starts[v] : starts[v + 1]].
     """
-    T = len(tokens)
     ids, order = tokens.sort(stable=True)
-    is_first = torch.cat([torch.ones_like(ids[:1], dtype=torch.bool), ids[1:] != ids[:-1]])
-    number = is_first.cumsum(0) - 1
-    position = torch.arange(T, device=tokens.device)
-    starts = torch.full((T + 1,), T, device=tokens.device).scatter(0, torch.where(is_first, number, T), position)
-    return ids, order, starts, number[-1:] + 1
+    return order, torch.searchsorted(ids, torch.arange(vocab_size + 1, dtype=ids.dtype, device=ids.device))
 
 
 @triton.jit
-def row_sums_kernel(rows, ids, order, starts, count, sums,
-                    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The fp32 sum of each distinct token's `rows` (T, WIDTH), into its row of `sums` (V, WIDTH).
-
-    It reads ROWS rows at a time: a frequent token has thousands, and one by one they would outlast all other tokens'.
-    """
-    i = tl.program_id(0)
+def row_sums_kernel(rows, order, starts, sums, V, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write each token's sum of `rows` (T, WIDTH) to `sums` (V, WIDTH); ROWS at a time, as some have thousands."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    tokens = tl.load(count)
-    while i < tokens:
-        start, stop = tl.load(starts + i), tl.load(starts + i + 1)
-        target = tl.load(ids + start).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
+    while token < V:
+        start, stop = tl.load(starts + token), tl.load(starts + token + 1)
         total = tl.zeros((COLUMNS,), tl.float32)
         while start < stop:
             place = start + tl.arange(0, ROWS)
@@ -62,64 +52,57 @@ def row_sums_kernel(rows, ids, order, starts, count, sums,
             part = tl.load(rows + source[:, None] * WIDTH + columns[None, :], mask=(place < stop)[:, None], other=0.0)
             total += tl.sum(part.to(tl.float32), axis=0)
             start += ROWS
-        tl.store(sums + target * WIDTH + columns, total.to(sums.dtype.element_ty))
-        i += tl.num_programs(0)
-
-
-ROW_SUMS_TILE = dict(ROWS=32, COLUMNS=128)
+        tl.store(sums + token * WIDTH + columns, total.to(sums.dtype.element_ty))
+        token += tl.num_programs(0)
 
 
 @torch.library.custom_op("candidates::table_gradient", mutates_args=())
-def table_gradient(grad: Tensor, vocab_size: int, ids: Tensor, order: Tensor, starts: Tensor, count: Tensor) -> Tensor:
-    """The gradient (V, d) of a table from that of its rows (T, d); the other arguments are of `find_occurrences`.
+def table_gradient(grad: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """Return the gradient (V, d) of a table from that of its rows (T, d) and `find_occurrences`.
 
-    Added up in fp32, always in the same order, and rounded once. It reads grad (134 MB) and writes the table (103 MB):
+    It sums in fp32, always in the same order, and rounds once. It reads grad (134 MB) and writes the table (103 MB):
     at least 0.08 ms at an H100's 3.35 TB/s.
     """
-    width = grad.size(1)
-    sums = grad.new_zeros(vocab_size, width)
-    programs = (min(len(ids), 512), width // ROW_SUMS_TILE["COLUMNS"])
-    row_sums_kernel[programs](grad.contiguous(), ids, order, starts, count, sums, WIDTH=width, **ROW_SUMS_TILE)
+    sums = grad.new_empty(len(starts) - 1, grad.size(1))
+    programs = (ROW_SUMS_PROGRAMS, grad.size(1) // ROW_SUMS_TILE["COLUMNS"])
+    row_sums_kernel[programs](grad.contiguous(), order, starts, sums, *sums.shape, **ROW_SUMS_TILE)
     return sums
 
 
-@table_gradient.register_fake
-def _(grad: Tensor, vocab_size: int, ids: Tensor, order: Tensor, starts: Tensor, count: Tensor) -> Tensor:
-    return grad.new_empty(vocab_size, grad.size(1))
+table_gradient.register_fake(lambda grad, order, starts: grad.new_empty(len(starts) - 1, grad.size(1)))
 
 
 class Lookup(torch.autograd.Function):
-    """F.embedding of tokens (T,) in a table (V, d), with `table_gradient` as its backward."""
+    """Look up tokens (T,) in a table (V, d) as F.embedding does, with `table_gradient` as its backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor, *occurrences: Tensor) -> Tensor:
-        ctx.vocab_size = len(weight)
-        ctx.save_for_backward(*occurrences)
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(*find_occurrences(tokens, len(weight)))
         return F.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return table_gradient(grad, ctx.vocab_size, *ctx.saved_tensors), None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return table_gradient(grad, *ctx.saved_tensors), None
 
 
 def table_forward(table: nn.Embedding, tokens: Tensor) -> Tensor:
-    """In place of nn.Embedding.forward."""
-    if not torch.is_grad_enabled():
-        return F.embedding(tokens, table.weight)
-    return Lookup.apply(table.weight, tokens, *find_occurrences(tokens))
+    """Replace nn.Embedding.forward."""
+    return Lookup.apply(table.weight, tokens) if torch.is_grad_enabled() else F.embedding(tokens, table.weight)
 
 
 # -----------------------------------------------------------------------------
 # The MLP
+
+RELU_SQUARED_TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
 
 
 @triton.jit
 def relu_squared_kernel(a, b, squares, out, N: tl.constexpr, K: tl.constexpr, B_K_STRIDE: tl.constexpr,
                         B_N_STRIDE: tl.constexpr, BACKWARD: tl.constexpr,
                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile of `out` (M, N): relu(a @ b)**2 or, with BACKWARD, (a @ b) * 2 * sqrt(squares); a (M, K), b (K, N).
+    """Write a tile of `out` (M, N): relu(a @ b)**2 or, if BACKWARD, (a @ b) * 2 * sqrt(squares); a (M, K), b (K, N).
 
-    2 * sqrt(relu(h)**2) is the derivative of relu(h)**2: so h itself is never written.
+    2 * sqrt(relu(h)**2) is the derivative of relu(h)**2, so no kernel writes h itself.
     """
     tile = tl.program_id(0)  # the tiles of the same rows follow each other, to read `a` once; `b` stays in the L2 cache
     row = (tile // (N // BLOCK_N)).to(tl.int64) * BLOCK_M  # M * N may be more than 2**31
@@ -142,62 +125,44 @@ def relu_squared_kernel(a, b, squares, out, N: tl.constexpr, K: tl.constexpr, B_
     tl.store(out + place, h.to(out.dtype.element_ty))
 
 
-RELU_SQUARED_TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
-
-
+@torch.library.custom_op("candidates::relu_squared", mutates_args=())
 def relu_squared(a: Tensor, b: Tensor, squares: Tensor | None = None) -> Tensor:
-    """relu(a @ b)**2 or, given that as `squares`, (a @ b) times its derivative; a (M, K) contiguous, b (K, N)."""
+    """Return relu(a @ b)**2, (M, N), or, given that as `squares`, (a @ b) times its derivative."""
     (M, K), N, tile = a.shape, b.size(1), RELU_SQUARED_TILE
     assert M % tile["BLOCK_M"] == N % tile["BLOCK_N"] == K % tile["BLOCK_K"] == 0, "a whole number of tiles"
     out = a.new_empty(M, N)
     relu_squared_kernel[(M // tile["BLOCK_M"] * (N // tile["BLOCK_N"]),)](
-        a, b, out if squares is None else squares, out, N=N, K=K, B_K_STRIDE=b.stride(0), B_N_STRIDE=b.stride(1),
-        BACKWARD=squares is not None, **tile)
+        a.contiguous(), b, out if squares is None else squares, out, N=N, K=K, B_K_STRIDE=b.stride(0),
+        B_N_STRIDE=b.stride(1), BACKWARD=squares is not None, **tile)
     return out
 
 
-@torch.library.custom_op("candidates::mlp", mutates_args=())
-def mlp(x: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor]:
-    """relu(x @ fc_w.T)**2 @ proj_w.T, (T, d), and the squares (T, 4d) before the second product, for the backward.
+relu_squared.register_fake(lambda a, b, squares=None: a.new_empty(len(a), b.size(1)))
 
-    A pass for ReLU squared and one for its derivative would read or write (T, 4d) up to five times more: 2.7 GB a
+
+class FusedMLP(torch.autograd.Function):
+    """Compute relu(x @ fc_w.T)**2 @ proj_w.T, (T, d), and keep the squares (T, 4d) for the backward.
+
+    A pass for squared ReLU and one for its derivative would read or write (T, 4d) up to five times more: 2.7 GB a
     layer. Idea: the speedrun's fused MLP (https://github.com/KellerJordan/modded-nanogpt).
     """
-    squares = relu_squared(x.contiguous(), fc_w.T)
-    return F.linear(squares, proj_w), squares
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fc_w: Tensor, proj_w: Tensor) -> Tensor:
+        squares = relu_squared(x, fc_w.T)
+        ctx.save_for_backward(x, squares, fc_w, proj_w)
+        return F.linear(squares, proj_w)
 
-@mlp.register_fake
-def _(x: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(len(x), len(fc_w))
-
-
-@torch.library.custom_op("candidates::mlp_backward", mutates_args=())
-def mlp_backward(grad: Tensor, x: Tensor, squares: Tensor, fc_w: Tensor,
-                 proj_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by x, fc_w and proj_w, from that of `mlp`'s first result."""
-    grad_h = relu_squared(grad.contiguous(), proj_w, squares)
-    return grad_h @ fc_w, grad_h.T @ x, grad.T @ squares
-
-
-@mlp_backward.register_fake
-def _(grad: Tensor, x: Tensor, squares: Tensor, fc_w: Tensor, proj_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), fc_w.new_empty(fc_w.shape), proj_w.new_empty(proj_w.shape)
-
-
-def keep_for_mlp_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    x, fc_w, proj_w = inputs
-    ctx.save_for_backward(x, output[1], fc_w, proj_w)
-
-
-mlp.register_autograd(lambda ctx, grad, _: mlp_backward(grad, *ctx.saved_tensors), setup_context=keep_for_mlp_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, squares, fc_w, proj_w = ctx.saved_tensors
+        grad_h = relu_squared(grad, proj_w, squares)
+        return grad_h @ fc_w, grad_h.T @ x, grad.T @ squares
 
 
 def mlp_forward(module: train.MLP, x: Tensor) -> Tensor:
-    """In place of MLP.forward."""
-    return mlp(x, module.fc_w, module.proj_w)[0]
+    """Replace MLP.forward."""
+    return FusedMLP.apply(x, module.fc_w, module.proj_w)
 
 
 # -----------------------------------------------------------------------------
@@ -210,11 +175,11 @@ HEAD_TILE = dict(TILE=4096, num_warps=32)  # two rows a multiprocessor, 0.1 MB e
 @triton.jit
 def capped_cross_entropy_kernel(z, targets, losses, gradient_scale, LOGITS: tl.constexpr, CAP: tl.constexpr,
                                 WITH_GRADIENTS: tl.constexpr, TILE: tl.constexpr):
-    """The cross-entropy of a row of `z` (T, LOGITS), capped, into `losses` (T,).
+    """Write the cross-entropy of a row of `z` (T, LOGITS), capped, to `losses` (T,).
 
-    WITH_GRADIENTS, the row is then replaced by `gradient_scale` times its gradient. Capped logits are at most 15, so
-    their exponentials can be added up in fp32 as they are. The target is read before the sum, at which all threads
-    meet, so that no thread has written by then.
+    WITH_GRADIENTS then replaces the row by `gradient_scale` times its gradient. Capped logits are at most 15, so fp32
+    holds the sum of their exponentials as they are. All threads read the target before they meet at the sum, so none
+    has written by then.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * LOGITS
@@ -238,17 +203,15 @@ def capped_cross_entropy_kernel(z, targets, losses, gradient_scale, LOGITS: tl.c
 
 @torch.library.custom_op("candidates::head", mutates_args=())
 def head(x: Tensor, w: Tensor, targets: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy, () fp32, of targets (T,) under the capped logits x (T, d) @ w (V, d).T; its gradients.
+    """Return the mean cross-entropy, () fp32, of targets (T,) under the capped logits x (T, d) @ w (V, d).T.
 
-    The gradients are by x and w, empty if not asked for. The logits of a sequence (6.6 GB) are written once by the
-    product, read and replaced by their gradients once, and read by two products; they never exist in fp32. w's
-    gradient is added up in w's dtype. Idea: the fused linear cross-entropy of Liger Kernel
-    (https://arxiv.org/abs/2410.10989).
+    Also return its gradients by x and w, empty unless asked for. A product writes the logits of a sequence (6.6 GB)
+    once, the kernel reads and replaces them once, and two products read them; they never exist in fp32. w's gradient
+    is summed in w's dtype. Idea: the fused linear cross-entropy of Liger Kernel (https://arxiv.org/abs/2410.10989).
     """
     w_low = w.to(x.dtype)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    sizes = (x.shape, w.shape) if with_gradients else (0, 0)
-    grad_x, grad_w = x.new_empty(sizes[0]), w.new_zeros(sizes[1])
+    grad_x, grad_w = (t.new_zeros(t.shape if with_gradients else 0) for t in (x, w))
     for start in range(0, len(x), HEAD_CHUNK_TOKENS):
         chunk = slice(start, start + HEAD_CHUNK_TOKENS)
         z = x[chunk] @ w_low.T
@@ -260,44 +223,96 @@ def head(x: Tensor, w: Tensor, targets: Tensor, with_gradients: bool) -> tuple[T
     return losses.mean(), grad_x, grad_w
 
 
-@head.register_fake
-def _(x: Tensor, w: Tensor, targets: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = (x.shape, w.shape) if with_gradients else (0, 0)
-    return x.new_empty((), dtype=torch.float32), x.new_empty(sizes[0]), w.new_empty(sizes[1])
+head.register_fake(lambda x, w, targets, with_gradients: (
+    x.new_empty((), dtype=torch.float32), *(t.new_empty(t.shape if with_gradients else 0) for t in (x, w))))
 
 
-def keep_for_head_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+class FusedLoss(torch.autograd.Function):
+    """Compute `head`'s loss, whose gradients the forward has computed."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
+        loss, *grads = head(x, w, targets, with_gradients)
+        ctx.save_for_backward(*grads)
+        return loss
 
-def head_backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    grad_x, grad_w = ctx.saved_tensors
-    return (grad * grad_x.float()).to(grad_x.dtype), grad * grad_w, None, None  # a bf16 product would round grad first
-
-
-head.register_autograd(head_backward, setup_context=keep_for_head_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_w = ctx.saved_tensors
+        grad_x = (grad * grad_x.float()).to(grad_x.dtype)  # a bf16 product would round grad first
+        return grad_x, grad * grad_w, None, None
 
 
 def model_loss(model: train.GPT, x: Tensor, targets: Tensor) -> Tensor:
-    """In place of GPT.loss."""
-    return head(x, model.lm_head_w, targets, torch.is_grad_enabled())[0]
+    """Replace GPT.loss."""
+    return FusedLoss.apply(x, model.lm_head_w, targets, torch.is_grad_enabled())
 
 
 # -----------------------------------------------------------------------------
+# The harness of the tests and the benchmark
 
 CANDIDATES = ("tables", "mlp", "head")
 
 
-def apply(model: train.GPT, names: list[str]) -> None:
-    """Replace methods of a model by those of the named candidates."""
+def apply(model: train.GPT, names: Sequence[str]) -> None:
+    """Replace methods of a model with those of the named candidates."""
     assert set(names) <= set(CANDIDATES), names
-    if "tables" in names:
-        for table in (model.embed, *model.value_embeds):
-            table.forward = MethodType(table_forward, table)
-    if "mlp" in names:
-        for block in model.blocks:
-            block.mlp.forward = MethodType(mlp_forward, block.mlp)
+    for table in (model.embed, *model.value_embeds) if "tables" in names else ():
+        table.forward = MethodType(table_forward, table)
+    for block in model.blocks if "mlp" in names else ():
+        block.mlp.forward = MethodType(mlp_forward, block.mlp)
     if "head" in names:
         model.loss = MethodType(model_loss, model)
+
+
+def fill_zeros(model: train.GPT) -> None:
+    """Fill matrices of zeros, whose products would hide errors and take less power, and so less time."""
+    for p in model.parameters():
+        if p.ndim > 1 and not p.any():
+            train.init_(p)
+
+
+class Part:
+    """Hold a function, its arguments, the tensors to differentiate by, and the outputs' gradients (default: random)."""
+
+    def __init__(self, function: Callable, arguments: list, inputs: list[Tensor], compiled: bool, grads: list = ()):
+        self.function = torch.compile(function, dynamic=False) if compiled else function
+        self.arguments, self.inputs, self.grads = arguments, inputs, grads
+
+    def outputs(self) -> list[Tensor]:
+        outputs = self.function(*self.arguments)
+        return outputs if isinstance(outputs, list) else [outputs]
+
+    def run(self) -> list[Tensor]:
+        """Return the outputs, then the gradients."""
+        outputs = self.outputs()
+        if not self.grads:
+            self.grads = [torch.randn(out.shape, device=out.device).bfloat16().to(out.dtype) for out in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, self.inputs, self.grads)]
+
+
+def part_of(model: train.GPT, name: str, tokens: Tensor, compiled: bool) -> Part:
+    """Return the part that a candidate replaces, on random activations (T, d) and tokens (T,), also used as targets."""
+    tables, mlp = [model.embed, *model.value_embeds], model.blocks[0].mlp
+    weights = [table.weight for table in tables]
+    x = torch.randn(len(tokens), weights[0].size(1), device=tokens.device).bfloat16().to(weights[0].dtype)
+    x.requires_grad_()
+    if name == "tables":  # the model does not compile the look-ups either
+        return Part(lambda tokens: [table(tokens) for table in tables], [tokens], weights, compiled=False)
+    if name == "mlp":
+        return Part(mlp.forward, [x], [x, mlp.fc_w, mlp.proj_w], compiled)
+    return Part(model.loss, [x, tokens.long()], [x, model.lm_head_w], compiled)
+
+
+def evaluate(hp: train.Hyperparameters, name: str, names: Sequence[str], tokens: Tensor, dtype: torch.dtype,
+             head_scale: float = 1.0, compiled: bool = False) -> list[Tensor]:
+    """Return outputs and gradients of part `name` in a model with candidates, from the same numbers in every dtype."""
+    torch.manual_seed(0)
+    with tokens.device:
+        model = train.GPT(hp)
+    apply(model, names)
+    fill_zeros(model)
+    model.lm_head_w.data *= head_scale
+    model.bfloat16().to(dtype)
+    model.lm_head_w.data = model.lm_head_w.data.to(torch.promote_types(dtype, torch.float32))
+    return part_of(model, name, tokens, compiled).run()

@@ -1,4 +1,4 @@
-"""Makes the program importable, explains the markers, and holds the fixtures of several test files."""
+"""Make the program importable, explain the markers, and hold the fixtures of several test files."""
 
 import faulthandler
 import os
@@ -18,35 +18,35 @@ from helpers import random_tokens, write_config  # noqa: E402
 
 import train_gpt_medium as train  # noqa: E402
 from data.shards import write_shard  # noqa: E402
-from logs import machine, ranks  # noqa: E402
+from logs import distributed  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes longer than two seconds; leave out with -m 'not slow'")
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped elsewhere")
-    config.addinivalue_line("markers", "campaign: shows something by many repetitions; only with -m campaign")
+    for marker in ("slow: takes longer than two seconds; leave out with -m 'not slow'",
+                   "gpu: needs a CUDA GPU; skipped elsewhere",
+                   "campaign: shows something by many repetitions; only with -m campaign"):
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_collection_modifyitems(config, items):
     if "campaign" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if "campaign" in item.keywords])
         items[:] = [item for item in items if "campaign" not in item.keywords]
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items if not torch.cuda.is_available() else []:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)
 def no_step_timeout():
-    """Stops the timer that a Trainer starts, which would end pytest minutes later."""
+    """Stop the watchdog that a Trainer starts: it would end pytest minutes later."""
     yield
     faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
-    """A folder with shards of a vocabulary of 256: 3 x 20,000 training and 10,000 validation tokens."""
+    """Make a folder with shards of a vocabulary of 256: 3 x 20,000 training and 10,000 validation tokens."""
     folder = tmp_path_factory.mktemp("small_data")
     for number in (1, 2, 3):
         write_shard(folder / f"s_train_{number:06d}.bin", random_tokens(20_000, seed=number, vocab_size=256))
@@ -56,13 +56,13 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture
 def small_config(small_data, tmp_path):
-    """Writes `small.toml`, a config of a small model for `small_data`, with keys changed; returns its path."""
+    """Write `small.toml`, a config of a small model for `small_data`, with keys changed; return its path."""
 
     def make(**changes):
-        keys = dict(
-            train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
-            log_dir=f"{tmp_path}/logs", vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=256,
-            val_tokens=1024, sequences_per_step=4, num_iterations=4, val_loss_every=2, warmup_steps=0)
+        keys = dict(train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
+                    log_dir=f"{tmp_path}/logs", vocab_size=256, num_heads=1, model_dim=128, train_seq_len=128,
+                    val_seq_len=256, val_tokens=1024, sequences_per_step=4, num_iterations=4, val_loss_every=2,
+                    warmup_steps=0)
         return write_config(tmp_path / "small.toml", **keys | changes)
 
     return make
@@ -70,30 +70,29 @@ def small_config(small_data, tmp_path):
 
 @pytest.fixture(scope="session")
 def process_group():
-    """A process group of this process alone."""
-    ranks.start_process_group()
+    """Start a process group of this process alone."""
+    distributed.start_process_group()
     yield
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
 def run_main(process_group):
-    """Runs the program's `main` in this process, as the only rank and on the CPU; returns the exit status."""
+    """Run the program's `main` in this process, as the only rank and on the CPU; return the exit status."""
 
     def run(*arguments):
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        handlers = [signal.getsignal(number) for number in numbers]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranks, "start_process_group", lambda: None)
+            patch.setattr(distributed, "start_process_group", lambda: None)
             patch.setattr(dist, "destroy_process_group", lambda: None)
-            patch.setattr(machine, "find_device", lambda: torch.device("cpu"))
+            patch.setattr(distributed, "find_device", lambda: torch.device("cpu"))
             patch.setattr(os, "_exit", sys.exit)
             try:
                 return train.main([str(argument) for argument in arguments])
             except SystemExit as end:
                 return end.code
             finally:
-                for number, handler in zip(numbers, handlers):
+                for number, handler in handlers.items():
                     signal.signal(number, handler)
 
     return run

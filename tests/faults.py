@@ -1,4 +1,4 @@
-"""Ranks with a fault: the program's `main`, after a piece of Python has prepared what shall go wrong in it.
+"""Ranks with a fault: the program's `main`, after a piece of Python has prepared the fault.
 
     FAULT=PYTHON torchrun ... tests/faults.py CONFIG.toml [--KEY VALUE ...]
 """
@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import sys
-import time
+import time  # noqa: F401 (for faults)
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (imported by the first optimizer, for seconds)
 
 import train_gpt_medium as train  # noqa: E402
-from logs import checkpoint, machine, run_log  # noqa: E402, F401 (for faults)
+from logs import checkpoint, run_log  # noqa: E402, F401 (for faults)
 
 
 def rank():
@@ -29,12 +29,12 @@ def rank():
 
 
 def on_last(action):
-    """The action, on the last rank only."""
+    """Return the action, on the last rank only."""
     return lambda: rank() == int(os.environ.get("WORLD_SIZE", "1")) - 1 and action()
 
 
 def before(owner, name, action, condition=lambda *arguments: True):
-    """Have a function do something first, in calls whose arguments fulfil a condition."""
+    """Make a function do something first, in calls whose arguments fulfil a condition."""
     original = getattr(owner, name)
 
     def replacement(*arguments, **options):
@@ -50,26 +50,23 @@ def at_step(step, action):
 
 
 def send(number, times=1):
-    """An action: this process gets a signal."""
+    """Return an action that sends this process a signal."""
     return lambda: [os.kill(os.getpid(), number) for _ in range(times)]
 
 
 def hang():
-    time.sleep(3600)
-
-
-def hang_with_the_interpreter():
+    """Sleep for an hour with the interpreter's lock, so that no other thread of Python can act."""
     ctypes.PyDLL(None).sleep(3600)
 
 
 def use_bf16():
-    """As on a GPU: the matrices in bf16, whose lower bits are states of an optimizer."""
+    """Store matrices in bf16, as on a GPU, so that the optimizer keeps their lower bits."""
     original = train.GPT.__init__
     train.GPT.__init__ = lambda model, hp: (original(model, hp), model.use_bf16())[0]
 
 
 def spoil(after, tensor_of, value):
-    """A number of one of the trainer's tensors becomes NaN or infinite at the end of a step."""
+    """Make a number of one of the trainer's tensors NaN or infinite at the end of a step."""
     original = train.Trainer.train_step
 
     def train_step(trainer, step, *batch):
@@ -81,12 +78,8 @@ def spoil(after, tensor_of, value):
 
 
 def limit_files(size):
-    """A full disk: files of this process end at a size."""
+    """Limit the size of this process's files, to stand for a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def fail(error):
-    raise error
 
 
 class RunsCode:
@@ -96,20 +89,15 @@ class RunsCode:
         return exec, ("raise SystemExit('this was run')",)
 
 
-def prepare(fault):
-    """Run a piece of Python among the names of this file."""
-    exec(fault, globals())
-
-
 def run_rank(arguments, folder, fault, environment):
-    """The program in this process, its outputs in files named stdout.RANK and stderr.RANK; ends the process."""
+    """Run the program in this process, with its outputs in stdout.RANK and stderr.RANK; end the process."""
     os.environ.update(environment)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{name}.{rank()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
-    for number in (signal.SIGINT, signal.SIGHUP):  # the tests may run where a shell or nohup has them ignored
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell or nohup can have them ignored
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
-    prepare(fault)
+    exec(fault, globals())
     sys.exit(train.main(arguments))
 
 
@@ -128,22 +116,20 @@ class Ranks:
     def __init__(self, folder, *arguments, ranks=1, fault="", environment=(), options_of_last=()):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["faults"])
-        self.folder, self.processes = Path(folder), []
+        self.folder, self.processes, environment = Path(folder), [], dict(environment)
         self.folder.mkdir(exist_ok=True)
-        environment = dict(environment)
         if ranks > 1:
             environment |= dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=free_port(),
                                 TORCHELASTIC_RUN_ID="test")
         for number in range(ranks):
             own = [*map(str, arguments), *(options_of_last if number == ranks - 1 else [])]
             args = own, self.folder, fault, environment | dict(RANK=str(number))
-            process = context.Process(target=run_rank, args=args)
+            self.processes.append(context.Process(target=run_rank, args=args))
             with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the process that forks
-                process.start()
-            self.processes.append(process)
+                self.processes[-1].start()
 
     def statuses(self):
-        """The exit status of each rank, when all have ended: minus the signal's number if one has killed it."""
+        """Wait for all ranks and return their exit statuses: minus the signal's number if one killed it."""
         for process in self.processes:
             process.join(900)
         return [process.exitcode for process in self.processes]
@@ -161,5 +147,5 @@ class Ranks:
 
 
 if __name__ == "__main__":
-    prepare(os.environ["FAULT"])
+    exec(os.environ["FAULT"])
     sys.exit(train.main(sys.argv[1:]))

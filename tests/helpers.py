@@ -5,13 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import train_gpt_medium as train
-from configs.keys import load
+from configs.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "train_gpt_medium.py"
@@ -53,6 +54,12 @@ def start_trainer(config, device="cpu", **overrides):
     return train.Trainer(load(train.Hyperparameters, config, texts), torch.device(device))
 
 
+def model_on_meta(hp):
+    """The model without memory behind its parameters."""
+    with torch.device("meta"):
+        return train.GPT(replace(hp, train_seq_len=128, val_seq_len=128))
+
+
 def relative_error(actual, reference):
     return ((actual.double() - reference.double()).norm() / reference.double().norm()).item()
 
@@ -64,3 +71,7 @@ def weights_and_states(trainer):
         states = [optimizer.state[p] for optimizer in trainer.optimizers if p in optimizer.state]
         tensors += [p.detach(), *(tensor for state in states for _, tensor in sorted(state.items()))]
     return [tensor.clone() for tensor in tensors]
+
+
+def fail(error):
+    raise error

@@ -1,316 +1,247 @@
-"""Fetching: data/cached_fineweb10B.py against a Hub on loopback that drops, lies, refuses and is slow, and kill -9."""
+"""data/cached_fineweb10B.py against a Hub on loopback that sends damaged files, refuses and is slow, and kill -9."""
 
+import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
-from hub import COMMIT, serve
 
 from data import cached_fineweb10B as fetcher
 from data.shards import write_shard
 
-VAL = "fineweb_val_000000.bin"
-TRAIN = [f"fineweb_train_{number:06d}.bin" for number in (1, 2, 3, 4)]
+VAL, *TRAIN = NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in (1, 2, 3, 4))]
+REPOSITORY, COMMIT = "kjj0/fineweb10B-gpt2", "c0ffee" + 34 * "0"
+PATHS = re.compile(rf"/(?:api/)?datasets/{REPOSITORY}/(revision|tree|resolve)/(?:main|[0-9a-f]{{40}})/?.*|/(blobs)/.*")
 
 
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """A validation shard and four training shards of different lengths: name -> bytes."""
-    path, rng = tmp_path_factory.mktemp("shards") / "shard", np.random.default_rng(0)
-    content = {}
-    for number, name in enumerate([VAL, *TRAIN]):
-        write_shard(path, rng.integers(0, 50_257, 150_000 + 20_000 * number))
-        content[name] = path.read_bytes()
-    return content
+class Hub(ThreadingHTTPServer):
+    """The part of the Hub that fetching a dataset needs, with faults to order: a test changes the attributes.
+
+    It lists one dataset with sizes and SHA-256, and redirects requests for files to another host name, as to a CDN.
+    """
+    daemon_threads = True
+    handle_error = lambda *_: None  # of killed clients
+    commit = COMMIT
+    rate = None  # bytes per second of one connection
+
+    def __init__(self, files, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url, self.requests, self.sent = f"http://127.0.0.1:{self.server_port}", [], defaultdict(int)
+        self.files, self.served, self.folder = files, {}, folder  # name -> bytes: listed, sent instead; the client's
+        self.status = {}  # beginning of a path -> status of every answer, a page in HTML as for a login
+
+    def fetched(self):
+        return sorted(path.removeprefix("/blobs/") for path in self.requests if path.startswith("/blobs/"))
 
 
-@pytest.fixture
-def hub(shards):
-    with serve(shards) as hub:
-        yield hub
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    log_message = lambda *_: None
 
+    def answer(self, status, body=b"", name=None, **headers):
+        """Send an answer at the server's rate; add the bytes sent to those of the file `name`."""
+        self.send_response(status)
+        for header, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(header.replace("_", "-"), value)
+        self.end_headers()
+        size = self.server.rate // 20 if self.server.rate else 2**16
+        for position in range(0, len(body) if self.command != "HEAD" else 0, size):
+            time.sleep(size / self.server.rate if self.server.rate else 0)
+            count = self.wfile.write(body[position : position + size])
+            if name:
+                self.server.sent[name] += count
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch, hub):
-    """Where the fetcher of this process puts shards, from the hub on loopback, without long waits."""
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
-    monkeypatch.setattr(fetcher, "ENDPOINT", hub.url)
-    monkeypatch.setattr(fetcher, "FINEWEB_FOLDER", tmp_path / "fineweb10B")
-    monkeypatch.setattr(fetcher, "FINEWEB_SHARDS", 4)
-    return tmp_path / "fineweb10B"
+    def do_GET(self):
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.requests.append(path)
+        found, name = PATHS.fullmatch(path), path.rpartition("/")[2]
+        status = next((status for beginning, status in hub.status.items() if path.startswith(beginning)), None)
+        hashes = {listed: hashlib.sha256(content).hexdigest() for listed, content in hub.files.items()}
+        if status or not found:
+            self.answer(status or 404, b"<html>please log in</html>", Content_Type="text/html")
+        elif found[2]:
+            self.answer(200, hub.served.get(name, hub.files[name]), name)
+        elif found[1] == "resolve":
+            self.answer(302, Location=f"http://localhost:{hub.server_port}/blobs/{name}?signature=secret",
+                        X_Repo_Commit=hub.commit, X_Linked_Size=str(len(hub.files[name])), X_Linked_Etag=hashes[name])
+        else:  # each entry has the names of both of the Hub's interfaces
+            tree = [{"type": "file", "path": listed, "rfilename": listed, "size": len(content), "oid": 40 * "0",
+                     "blobId": 40 * "0", "lfs": {"size": len(content), "oid": hashes[listed], "sha256": hashes[listed],
+                                                 "pointerSize": 134}} for listed, content in hub.files.items()]
+            info = {"id": REPOSITORY, "sha": hub.commit, "siblings": tree, "private": False, "tags": [], "downloads": 0}
+            self.answer(200, json.dumps(tree if found[1] == "tree" else info).encode())
 
-
-@pytest.fixture
-def fetch(folder, capsys):
-    """Runs the command in this process; returns (exit status, its lines on standard error, on standard output)."""
-
-    def run(*arguments):
-        try:
-            status = fetcher.main([*map(str, arguments)])
-        except SystemExit as error:  # argparse's
-            status = error.code
-        captured = capsys.readouterr()
-        errors = [line for line in captured.err.splitlines() if line.startswith("cached_fineweb10B.py: ")]
-        return status, errors, captured.out.splitlines()
-
-    return run
+    do_HEAD = do_GET
 
 
 def there(folder):
-    """The files under shards' names: name -> bytes."""
     return {path.name: path.read_bytes() for path in folder.glob("fineweb_*")}
 
 
-def assert_one_line(result, *fragments):
-    status, errors, _ = result
-    assert status == 2 and len(errors) == 1, errors
-    assert "secret" not in errors[0]  # the signature in the CDN's addresses
-    for fragment in fragments:
-        assert fragment in errors[0]
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with shards of different lengths, and the `folder` where `fetch` and `start` put them."""
+    for number, name in enumerate(NAMES):
+        write_shard(tmp_path / name, np.random.default_rng(number).integers(0, 50_257, 150_000 + 20_000 * number))
+    with Hub(there(tmp_path), tmp_path / "data" / "fineweb10B") as hub:
+        threading.Thread(target=hub.serve_forever, args=[0.05], daemon=True).start()
+        yield hub
+        hub.shutdown()
 
 
-def fetched(hub):
-    """The files asked of the CDN."""
-    return sorted(path.rpartition("/")[2] for role, path in hub.requests if role == "cdn")
+@pytest.fixture
+def fetch(hub, monkeypatch, capsys):
+    """Run the command in this process; return its error line, "" for success, and its standard output."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))  # between the library's retries
+    def run(*arguments):
+        for name, value in dict(ENDPOINT=hub.url, FINEWEB_FOLDER=hub.folder, TRAIN_NAMES=TRAIN).items():
+            monkeypatch.setattr(fetcher, name, value)
+        try:
+            status = fetcher.main([*map(str, arguments)]) or 0
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if line.startswith("cached_fineweb10B.py: ")]
+        assert (status, len(errors)) in ((0, 0), (2, 1)) and "secret" not in "".join(errors)  # no signed address
+        return "".join(errors), captured.out
+    return run
 
 
-# -----------------------------------------------------------------------------
-# What is fetched
-
-
-@pytest.mark.parametrize("arguments, names", [([2], [VAL, *TRAIN[:2]]), ([0], [VAL]), ([], [VAL, *TRAIN])])
-def test_a_number_is_the_validation_shard_and_that_many_and_nothing_is_all(fetch, folder, shards, arguments, names):
-    assert fetch(*arguments)[:2] == (0, [])
-    assert there(folder) == {name: shards[name] for name in names}
-
-
-def test_what_is_there_and_whole_needs_no_network(fetch, hub):
-    fetch(3)
+@pytest.mark.parametrize("arguments, names", [([2], NAMES[:3]), ([0], [VAL]), ([], NAMES)])
+def test_a_number_means_the_validation_shard_and_that_many(fetch, hub, arguments, names):
+    """None means all. A second call needs no network, nor does --check."""
+    assert fetch(*arguments)[0] == "" and there(hub.folder) == {name: hub.files[name] for name in names}
     hub.requests.clear()
-    assert fetch(3)[:2] == fetch(2)[:2] == fetch("--check")[:2] == (0, [])
-    assert hub.requests == []
+    assert fetch(*arguments)[0] == fetch("--check")[0] == "" and hub.requests == []
 
 
-def test_only_what_is_missing_is_fetched(fetch, folder, hub, shards):
-    """Also beside shards that were there before the record, as after a fetch by the speedrun's own script."""
-    folder.mkdir()
-    (folder / TRAIN[0]).write_bytes(shards[TRAIN[0]])
-    assert fetch(2)[0] == 0 and fetched(hub) == [TRAIN[1], VAL]
+def test_only_missing_shards_are_fetched_and_from_the_recorded_commit(fetch, hub):
+    """Also beside shards that are older than the record. A damaged record is asked for again."""
+    hub.folder.mkdir(parents=True)
+    (hub.folder / TRAIN[0]).write_bytes(hub.files[TRAIN[0]])
+    (hub.folder / "revision.json").write_text('{"revision": "ma')
+    assert fetch(2)[0] == "" and hub.fetched() == [TRAIN[1], VAL]
+    assert json.loads((hub.folder / "revision.json").read_text())["commit"] == COMMIT
+    hub.commit = 40 * "b"
     hub.requests.clear()
-    assert fetch(3)[0] == 0 and fetched(hub) == [TRAIN[2]]
+    assert fetch(3)[0] == "" and hub.fetched() == [TRAIN[2]] and not any("/main" in path for path in hub.requests)
 
 
-@pytest.mark.parametrize("arguments, fragment", [
-    ([5], "NUM_SHARDS is 5; use 0 (only the validation shard) to 4"),
-    ([-1], "NUM_SHARDS is -1"),
-    (["--revison=x"], "unrecognized arguments: --revison=x"),
-])
-def test_a_mistake_on_the_command_line_is_one_line(fetch, hub, arguments, fragment):
-    assert_one_line(fetch(*arguments), fragment)
-    assert hub.requests == []
-
-
-# -----------------------------------------------------------------------------
-# Revisions
-
-
-def test_the_commit_is_recorded_and_later_calls_use_it(fetch, folder, hub):
-    assert fetch(0)[0] == 0 and json.loads((folder / "revision.json").read_text())["commit"] == COMMIT
-    hub.commits["main"] = 40 * "b"
+@pytest.mark.parametrize("bad", [  # truncated, one byte longer, one bit wrong
+    lambda content: content[: len(content) // 2], lambda content: content + b"x",
+    lambda content: content[:70_000] + bytes([content[70_000] ^ 1]) + content[70_001:]])
+def test_a_shard_damaged_on_disk_or_on_its_way_is_fetched_again(fetch, hub, bad):
+    """--check names it and leaves it alone. One that arrives damaged does not keep its name."""
+    hub.served[TRAIN[0]] = bad(hub.files[TRAIN[0]])
+    assert fetch(2)[0] and TRAIN[0] not in there(hub.folder)
+    hub.served.clear()
+    assert fetch(2)[0] == "" and there(hub.folder) == {name: hub.files[name] for name in NAMES[:3]}
+    (hub.folder / TRAIN[1]).write_bytes(bad(hub.files[TRAIN[1]]))
     hub.requests.clear()
-    assert fetch(1)[0] == fetch(2, "--revision", COMMIT)[0] == fetch(3, "--revision", "main")[0] == 0
-    assert hub.requests and not any("main" in path or 40 * "b" in path for _, path in hub.requests)
+    error, _ = fetch("--check")
+    assert f"{TRAIN[1]}: " in error and error.endswith("SHA-256; fetch again: python data/cached_fineweb10B.py 2")
+    assert there(hub.folder)[TRAIN[1]] == bad(hub.files[TRAIN[1]]) and hub.requests == []
+    assert fetch(2)[0] == "" and hub.fetched() == [TRAIN[1]] and there(hub.folder)[TRAIN[1]] == hub.files[TRAIN[1]]
 
 
-def test_a_folder_takes_one_revision_only(fetch, folder, hub):
-    hub.commits["other"] = 40 * "0"
-    assert fetch(0, "--revision", "other")[0] == 0
-    assert_one_line(fetch(2, "--revision", "main"), "--revision main", "has revision other", "move the folder away")
-    assert_one_line(fetch(2, "--revision", "nowhere"), "has revision other")
-    assert set(there(folder)) == {VAL}
-
-
-def test_a_damaged_record_is_asked_for_again(fetch, folder):
-    fetch(1)
-    (folder / "revision.json").write_text('{"revision": "ma')
-    assert fetch(1)[:2] == (0, []) and len(there(folder)) == 2
-    assert json.loads((folder / "revision.json").read_text())["commit"] == COMMIT
-
-
-def test_a_commit_without_a_shard_is_named(fetch, hub):
-    del hub.files[TRAIN[1]]
-    assert_one_line(fetch(2), f"has no {TRAIN[1]} in commit {COMMIT}", "--revision")
-
-
-# -----------------------------------------------------------------------------
-# What is damaged, refused or full
-
-BAD_COPIES = {
-    "truncated": lambda content: content[: len(content) // 2],
-    "one byte longer": lambda content: content + b"x",
-    "one bit wrong": lambda content: content[:70_000] + bytes([content[70_000] ^ 1]) + content[70_001:],
-}
-
-
-@pytest.mark.parametrize("bad", BAD_COPIES.values(), ids=BAD_COPIES)
-def test_a_shard_that_is_damaged_on_disk_is_fetched_again(fetch, folder, hub, shards, bad):
-    fetch(2)
-    (folder / TRAIN[1]).write_bytes(bad(shards[TRAIN[1]]))
-    hub.requests.clear()
-    assert_one_line(fetch("--check"), f"{TRAIN[1]}: ", "python data/cached_fineweb10B.py 2")
-    assert there(folder)[TRAIN[1]] == bad(shards[TRAIN[1]]) and hub.requests == []
-    status, _, lines = fetch(2)
-    assert status == 0 and any(line.startswith(f"{TRAIN[1]}: ") for line in lines)
-    assert fetched(hub) == [TRAIN[1]] and there(folder)[TRAIN[1]] == shards[TRAIN[1]]
-
-
-@pytest.mark.parametrize("bad", BAD_COPIES.values(), ids=BAD_COPIES)
-def test_a_shard_that_arrives_damaged_is_never_under_its_name(fetch, folder, hub, shards, bad):
-    hub.serve[TRAIN[0]] = bad(shards[TRAIN[0]])
-    assert_one_line(fetch(2))
-    assert there(folder) == {name: shards[name] for name in (VAL, TRAIN[1])}
-    assert fetched(hub).count(TRAIN[0]) == len(fetcher.RETRY_AFTER_S)
-    hub.serve.clear()
-    assert fetch(2)[0] == 0 and there(folder)[TRAIN[0]] == shards[TRAIN[0]]
-
-
-@pytest.mark.parametrize("path, status", [("/datasets/", 500), ("/datasets/", 429), ("/blobs/", 503)])
-def test_a_server_that_is_busy_twice_is_asked_again(fetch, folder, hub, shards, path, status):
-    hub.status[path] = [status, status]
-    assert fetch(0)[:2] == (0, [])
-    assert there(folder) == {VAL: shards[VAL]}
-
-
-@pytest.mark.parametrize("path, status, fragments", [
-    ("/api/datasets/", 401, ["401", "no access", "hf auth login"]),
-    ("/datasets/", 403, ["403", "no access", "HF_TOKEN"]),
-    ("/datasets/", 404, ["404", "no such dataset, revision or file", "HF_ENDPOINT"]),
-    ("/api/datasets/", 503, ["503", "start again"]),
-    ("/blobs/", 403, ["403", "no access", "HF_TOKEN"]),
-    ("/blobs/", 503, ["503", "start again"]),
-])
-def test_what_fails_for_good_is_one_line(fetch, folder, hub, path, status, fragments):
-    hub.status[path] = [status, None]
-    assert_one_line(fetch(0), *fragments)
-    assert there(folder) == {}
-
-
-def test_no_network(fetch, monkeypatch):
-    monkeypatch.setattr(fetcher, "ENDPOINT", "http://127.0.0.1:9")
-    assert_one_line(fetch(1), "no answer from http://127.0.0.1:9", "check the network")
-
-
+@pytest.mark.parametrize("fault, fragments", [
+    (dict(status={"/api/datasets/": 401}), ["401", "no access", "hf auth login"]),
+    (dict(status={"/datasets/": 403}), ["403", "no access", "HF_TOKEN"]),
+    (dict(status={"/datasets/": 404}), ["404", "no such dataset, commit or file", "HF_ENDPOINT"]),
+    (dict(status={"/api/datasets/": 503}), ["503", "rerun later"]),
+    (dict(status={"/blobs/": 403}), ["403", "no access", "HF_TOKEN"]),
+    (dict(status={"/blobs/": 503}), ["503", "rerun later"]),
+    (dict(status={"/": 200}), ["no valid answer from http://127.0.0.1:", "HF_ENDPOINT"]),
+    (dict(url="http://127.0.0.1:9"), ["no valid answer from http://127.0.0.1:9 (", "check the network"]),
+    (dict(files={}), [f"has no {TRAIN[0]} in commit {COMMIT}; ask for fewer"]),
+    (dict(folder=Path("/dev/null")), ["File exists: ", "/dev/null"])], ids=str)
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_page_to_log_in_on_is_not_the_hub(fetch, folder, hub, is_first):
-    assert is_first or fetch(0)[0] == 0
-    shards, hub.portal = there(folder), True
-    assert_one_line(fetch(1), f"{hub.url} does not answer as the Hub does", "HF_ENDPOINT")
-    assert there(folder) == shards
+def test_a_refusal_is_one_line(fetch, hub, fault, fragments, is_first):
+    """At the first call and at a later one, which leaves the shards as they are."""
+    if not is_first and "files" not in fault:
+        fetch(0)
+    vars(hub).update(fault)
+    before, (error, _) = there(hub.folder), fetch(1)
+    assert [fragment for fragment in fragments if fragment not in error] == [] and there(hub.folder) == before, error
 
 
-def test_a_folder_that_cannot_be_made(fetch, folder):
-    folder.symlink_to("/nowhere/at/all")
-    assert_one_line(fetch(0), str(folder))
+@pytest.mark.parametrize("argument, fault", [
+    (5, "NUM_SHARDS is 5; use 0 (only the validation shard) to 4"), (-1, "NUM_SHARDS is -1"),
+    ("--revison=x", "unrecognized arguments: --revison=x")])
+def test_a_mistake_on_the_command_line_is_one_line(fetch, hub, argument, fault):
+    assert fault in fetch(argument)[0] and hub.requests == []
 
 
-# -----------------------------------------------------------------------------
-# --check
-
-
-def test_check_counts_steps_as_the_stream_cuts_them(fetch, hub, tmp_path):
+def test_check_counts_steps_and_names_what_is_missing(fetch, hub, tmp_path):
     """A step of the baseline has 524,288 tokens."""
     write_shard(tmp_path / "shard", np.zeros(2 * 524_288 + 2))
-    hub.files[TRAIN[0]] = hub.files[TRAIN[1]] = (tmp_path / "shard").read_bytes()
+    hub.files |= dict.fromkeys(TRAIN[:2], (tmp_path / "shard").read_bytes())
     fetch(2)
-    status, errors, lines = fetch("--check")
-    assert (status, errors) == (0, []) and f"commit {COMMIT}, 3 of 3 shards whole, good for 4 steps of" in lines[-1]
-
-
-@pytest.mark.parametrize("arguments, missing", [([], TRAIN[:2]), ([4], [TRAIN[0], TRAIN[1], TRAIN[3]])])
-def test_check_names_what_is_missing(fetch, folder, arguments, missing):
-    fetch(3)
-    for name in TRAIN[:2]:
-        (folder / name).unlink()
-    result = fetch("--check", *arguments)
-    assert_one_line(result, *missing, "python data/cached_fineweb10B.py")
-    assert TRAIN[2] not in result[1][0]
-
-
-# -----------------------------------------------------------------------------
-# As a process: killed, interrupted, twice at once, without space
+    error, output = fetch("--check")
+    assert error == "" and f"commit {COMMIT}, 3 of 3 shards intact, enough for 4 steps of" in output
+    (hub.folder / TRAIN[0]).unlink()
+    assert f"{TRAIN[0]}: missing; fetch again" in fetch("--check")[0]
+    assert f"{TRAIN[2]}: missing" in fetch("--check", 3)[0]
 
 
 @pytest.fixture
 def start(tmp_path, hub):
-    """Starts the fetcher of a copy of data/ that has no shards yet; returns the process, with its `folder`."""
-    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*/", "fineweb10B", "local_text"))
-    (tmp_path / "logs").mkdir(exist_ok=True)
-    shutil.copy(ROOT / "logs" / "log_file.py", tmp_path / "logs")
-    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-
-    def start(*arguments, **options):
-        command = [sys.executable, "data/cached_fineweb10B.py", *map(str, arguments)]
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, **options)
-        process.folder = tmp_path / "data" / "fineweb10B"
-        return process
-
-    return start
-
-
-def wait_until_sent(hub, process, size):
-    while sum(hub.sent.values()) < size:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    """Start the fetcher of a copy of data/ without shards."""
+    data, shards = Path(fetcher.__file__).parent, shutil.ignore_patterns("fineweb10B", "local_text")
+    copied = shutil.copytree(data, tmp_path / "data", ignore=shards)
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": f"{tmp_path}/hf", "PYTHONPATH": ""}
+    return lambda number, **options: subprocess.Popen([sys.executable, copied / "cached_fineweb10B.py", str(number)],
+                                                      env=env, text=True, stderr=subprocess.PIPE, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_rest(start, hub, shards, number, times):
-    """It does not wait for what is being fetched. A later call brings the rest."""
+def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_remains(start, hub, number, times):
+    """It does not wait for running downloads. A later call fetches the rest."""
     hub.rate, rng = 200_000, random.Random(0)
     for _ in range(times):
         process, before = start(4), sum(hub.sent.values())
-        missing = sum(len(content) for name, content in shards.items() if name not in there(process.folder))
-        wait_until_sent(hub, process, before + rng.randrange(1, missing * 3 // 4))
+        missing = sum(len(content) for name, content in hub.files.items() if name not in there(hub.folder))
+        goal = before + rng.randrange(1, missing * 3 // 4)
+        while sum(hub.sent.values()) < goal:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
         process.send_signal(number)
-        _, errors = process.communicate()
+        errors = process.communicate()[1]
         assert process.returncode == (130 if number == signal.SIGINT else -number) and "Traceback" not in errors
         assert number == signal.SIGKILL or errors.endswith("cached_fineweb10B.py: interrupted\n")
-        assert there(process.folder).items() < shards.items()
+        assert there(hub.folder).items() < hub.files.items()
     hub.rate = None
-    process = start(4)
-    process.communicate()
-    assert process.returncode == 0 and there(process.folder) == shards
-    assert list(process.folder.rglob("*.incomplete")) == []
+    last = start(4)
+    assert last.communicate() and last.returncode == 0
+    assert there(hub.folder) == hub.files and list(hub.folder.rglob("*.incomplete")) == []
 
 
 @pytest.mark.slow
-def test_of_two_at_once_one_fetches(start, hub, shards):
+def test_of_two_at_once_one_fetches(start, hub):
     hub.rate = 400_000
-    processes = [start(4) for _ in range(2)]
-    for process in processes:
-        process.communicate()
-        assert process.returncode == 0
-    assert there(process.folder) == shards
-    assert hub.sent == {name: len(content) for name, content in shards.items()}
+    assert [process.communicate() and process.returncode for process in [start(4), start(4)]] == [0, 0]
+    assert there(hub.folder) == hub.files and hub.sent == {name: len(hub.files[name]) for name in NAMES}
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(start, hub):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    process = start(1, preexec_fn=limit)
-    _, errors = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in errors and there(process.folder) == {}
-    assert "no space in" in errors.splitlines()[-1] and "fewer shards" in errors.splitlines()[-1]
+    process = start(1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    errors = process.communicate()[1]
+    assert process.returncode == 2 and "Traceback" not in errors and there(hub.folder) == {}
+    assert "File too large; check space" in errors.splitlines()[-1] and "fewer shards" in errors.splitlines()[-1]

@@ -1,134 +1,103 @@
-"""logs/checkpoint.py: weights to start from, the state of an interrupted run, and what is refused."""
+"""logs/checkpoint.py: initial weights, the state of a run, and files that are refused. test_faults.py resumes runs."""
 
 import os
 
-import faults
 import pytest
 import torch
+from faults import RunsCode
 from golden import golden_weights
-from helpers import start_trainer, val_losses, weights_and_states
+from helpers import model_on_meta, start_trainer, val_losses, weights_and_states
 
 import train_gpt_medium as train
-from data.batches import train_batches
-from logs import checkpoint, log_file, weights
-from logs.log_file import BOOKKEEPING_KEYS
-from logs.resume import Run, must_equal
-from logs.run_log import RunLog
+from logs import checkpoint, log_format, run_log
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 HP = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, train_seq_len=128, val_seq_len=128)
-
-# -----------------------------------------------------------------------------
-# Files
+WEIGHTS = golden_weights(BASELINE, HP.model_dim, HP.vocab_size)
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     names = []
-    monkeypatch.setattr(os, "fsync", lambda fd: names.append(sorted(path.name for path in tmp_path.iterdir())))
+    monkeypatch.setattr(os, "fsync", lambda fd: names.append(os.listdir(tmp_path)))
     checkpoint.write(tmp_path / "000.ckpt", {"step": 1})
     assert names == [["000.ckpt.unfinished"], ["000.ckpt"]]
 
 
-# -----------------------------------------------------------------------------
-# Weights to start from
-
-
-def read(path, content, **save_options):
-    torch.save(content, path, **save_options)
-    return weights.read_weights(str(path), train.model_on_meta(HP))
-
-
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("save_options", [{}, dict(_use_new_zipfile_serialization=False)])
-def test_published_checkpoints_are_read_with_or_without_the_prefix(tmp_path, prefix, save_options):
-    weights = golden_weights(BASELINE, 128, 256)
-    model = {prefix + name: w for name, w in weights.items()}
-    published = dict(step=5960, code="text", model=model, optimizers=[{"state": {}}])
-    found = read(tmp_path / "a.pt", published, **save_options)
-    assert found.keys() == weights.keys() and all(torch.equal(found[name], w) for name, w in weights.items())
-
-
-def test_bf16_weights_of_a_published_checkpoint_are_loaded_exactly(tmp_path):
-    weights = golden_weights(BASELINE, 128, 256)
-    weights |= {name: w.bfloat16() for name, w in weights.items() if name not in ("lm_head_w", "scalars")}
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_published_checkpoints_are_read_exactly_in_bf16_too(tmp_path, prefix, is_zip):
+    stored = {name: w if name in ("lm_head_w", "scalars") else w.bfloat16() for name, w in WEIGHTS.items()}
+    published = dict(step=5960, code="text", model={prefix + name: w for name, w in stored.items()}, optimizers=[{}])
+    torch.save(published, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
     model = train.GPT(HP)
-    model.load_state_dict(read(tmp_path / "a.pt", dict(model=weights)))
-    assert all(torch.equal(model.state_dict()[name], w.float()) for name, w in weights.items())
+    model.load_state_dict(checkpoint.read_weights(f"{tmp_path}/a.pt", model))
+    assert all(torch.equal(w, stored[name].float()) for name, w in model.state_dict().items())
 
 
-NOT_PLAIN = "scalars is not a plain tensor of finite numbers"
+@pytest.mark.parametrize("content, complaint", [
+    *(({"model": {name: w for name, w in (WEIGHTS | change).items() if w is not None}}, f"parameter {complaint}")
+      for change, complaint in [
+          ({"value_embeds.2.weight": None}, "value_embeds.2.weight is missing"),
+          ({"value_embeds.3.weight": WEIGHTS["embed.weight"]}, "value_embeds.3.weight is not in this model"),
+          ({"scalars": torch.zeros(79)}, r"scalars is \[79\] instead of \[80\]"),
+          ({"scalars": 3}, r"scalars is int instead of \[80\]"),
+          *[({"scalars": bad}, "scalars is not a plain tensor of finite numbers") for bad in (
+              torch.zeros(80, dtype=torch.int64), torch.zeros(80, dtype=torch.complex64),
+              torch.zeros(80, device="meta"), torch.zeros(80).to_sparse(), torch.tensor([0.0] * 79 + [torch.nan]),
+              torch.tensor([torch.inf] + [0.0] * 79))]]),
+    *((content, "not a checkpoint that can be read safely .*; name a file from torch.s") for content in (
+        b"", b"no checkpoint", [1, 2], {"weights": {}}, {"model": 3}, RunsCode(), {"model": RunsCode()}))])
+def test_weights_that_do_not_fit_or_would_execute_code_are_refused(tmp_path, content, complaint):
+    path = tmp_path / "a.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=f"{path}: {complaint}"):
+        checkpoint.read_weights(str(path), model_on_meta(HP))
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (lambda w: w.pop("value_embeds.2.weight"), "value_embeds.2.weight is missing"),
-    (lambda w: w.update({"value_embeds.3.weight": w["embed.weight"]}), "value_embeds.3.weight is not in this model"),
-    (lambda w: w.update({"scalars": torch.zeros(79)}), r"scalars is \[79\] instead of \[80\]"),
-    (lambda w: w.update({"scalars": 3}), r"scalars is int instead of \[80\]"),
-    (lambda w: w.update({"scalars": torch.zeros(80, dtype=torch.int64)}), NOT_PLAIN),
-    (lambda w: w.update({"scalars": torch.zeros(80, dtype=torch.complex64)}), NOT_PLAIN),
-    (lambda w: w.update({"scalars": torch.zeros(80, device="meta")}), NOT_PLAIN),
-    (lambda w: w.update({"scalars": torch.zeros(80).to_sparse()}), NOT_PLAIN),
-    (lambda w: w["scalars"][7].fill_(torch.nan), NOT_PLAIN),
-    (lambda w: w["scalars"][7].fill_(torch.inf), NOT_PLAIN),
-])
-def test_weights_that_do_not_fit_are_refused(tmp_path, change, complaint):
-    weights = golden_weights(BASELINE, 128, 256)
-    change(weights)
-    with pytest.raises(ValueError, match=f"{tmp_path}/a.pt: parameter {complaint}"):
-        read(tmp_path / "a.pt", {"model": weights})
-
-
-@pytest.mark.parametrize("make", [
-    lambda path: path.touch(), lambda path: path.write_text("no checkpoint"), lambda path: torch.save([1, 2], path),
-    lambda path: torch.save({"weights": {}}, path), lambda path: torch.save({"model": 3}, path),
-    lambda path: torch.save(faults.RunsCode(), path), lambda path: torch.save({"model": faults.RunsCode()}, path)])
-def test_a_file_that_has_no_weights_or_would_run_code_is_refused(tmp_path, make):
-    make(tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt: not a checkpoint that can be read safely .*; name a torch.save of"):
-        weights.read_weights(str(tmp_path / "a.pt"), train.model_on_meta(HP))
-
-
-def test_the_final_weights_have_the_published_form_and_can_be_started_from(run_main, small_config, tmp_path):
-    keys = dict(val_seq_len=128, val_tokens=256, sequences_per_step=1, num_iterations=2, value_embedding_gate=True)
-    folder = tmp_path / "logs" / "small"
-    assert run_main(small_config(save_checkpoint=True, **keys)) == 0
-    final = torch.load(folder / "000.ckpt", weights_only=True)
-    assert (final["step"], final["code"]) == (2, log_file.read_header(folder / "000.txt")[0])
-    assert set(final["model"]) == {"_orig_mod." + name for name in golden_weights(BASELINE, 128, 256, gate=True)}
-    assert run_main(small_config(init_from=f"{folder}/000.ckpt", **keys)) == 0
-    first, second = (val_losses((folder / name).read_text()) for name in ("000.txt", "001.txt"))
+def test_the_final_weights_have_the_published_form_and_can_start_a_run(run_main, small_config, tmp_path, monkeypatch):
+    """The identity of its checkpoints has the run's keys, data, device and code."""
+    keys = dict(val_seq_len=128, val_tokens=256, sequences_per_step=1, num_iterations=2)
+    log, other, identity = tmp_path / "logs/small/000.txt", tmp_path / "other/small/000.txt", {}
+    monkeypatch.setattr(checkpoint, "save", lambda log, given, *state: identity.update(given))
+    assert run_main(small_config(save_checkpoint=True, checkpoint_every=1, **keys)) == 0
+    assert (identity["code"], identity["device"], identity["seed"]) == (log_format.program_text(), "cpu", 0)
+    names = [name for name, *_ in identity["train_data"] + identity["val_data"]]
+    assert names == ["s_train_000001.bin", "s_val_000000.bin"]
+    assert set(identity) == {"code", "device", "train_data", "val_data", *vars(HP)}
+    final = torch.load(log.with_suffix(".ckpt"), weights_only=True)
+    assert (final["step"], final["code"]) == (2, log_format.read_header(log).code)
+    assert set(final["model"]) == {"_orig_mod." + name for name in WEIGHTS}
+    assert run_main(small_config(init_from=f"{log.with_suffix('.ckpt')}", log_dir=f"{tmp_path}/other", **keys)) == 0
+    first, second = val_losses(log.read_text()), val_losses(other.read_text())
     assert second[0] == pytest.approx(first[2], abs=2e-6)  # with one block, the window is the same
-    assert sorted(path.name for path in folder.iterdir()) == ["000.ckpt", "000.txt", "001.txt"]
+    assert {*log.parent.iterdir()} == {log, log.with_suffix(".ckpt")} and [*other.parent.iterdir()] == [other]
 
 
-# -----------------------------------------------------------------------------
-# The state of an interrupted run
-
-
-def trainer_after_a_step(small_config):
+@pytest.fixture
+def trainer(small_config, process_group, request):
+    """A trainer with gates and several tables in a layer, after a step; in bf16 Muon has mantissas, as on a GPU."""
     keys = dict(value_embeddings=[*BASELINE, [0, 15]], value_embedding_gate=True, sequences_per_step=1)
     trainer = start_trainer(small_config(**keys))
-    trainer.train_step(0, *next(train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device)))
+    if getattr(request, "param", "") == "bf16":
+        trainer.model.use_bf16()
+    trainer.train_step(0, *torch.randint(256, (2, 1, 128)))  # inputs, targets
     return trainer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_restore_is_the_inverse_of_copy_state_to_the_bit(small_config, process_group, tmp_path, monkeypatch, dtype):
-    """With gates, several tables and, as on a GPU, mantissas."""
-    if dtype == torch.bfloat16:
-        monkeypatch.setattr(train.GPT, "__init__", train.GPT.__init__)  # to be put back after the test
-        faults.use_bf16()
-    trainer = trainer_after_a_step(small_config)
-    checkpoint.write(tmp_path / "a.ckpt", checkpoint.copy_state(trainer.model, *trainer.optimizers))
+@pytest.mark.parametrize("trainer", ["fp32", "bf16"], indirect=True)
+def test_a_resumed_trainer_is_the_saved_one_to_the_bit(trainer, tmp_path):
+    checkpoint.save(run_log.RunLog(tmp_path / "000.txt"), {"code": "x = 1"}, trainer.model, trainer.optimizers, 1, 2.5)
+    state = checkpoint.read_resumable(tmp_path / "000.resume.ckpt", {"code": "x = 1  # A comment"})
+    assert (state["step"], state["train_time_ms"], state["log_bytes"]) == (1, 2.5, 0)
     other = start_trainer(tmp_path / "small.toml", seed=1)
-    checkpoint.restore(checkpoint.load(tmp_path / "a.ckpt"), other.model, *other.optimizers)
-    expected, restored = weights_and_states(trainer), weights_and_states(other)
-    assert {x.dtype for x in expected} >= {dtype} and len(expected) > 100
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, restored, strict=True))
+    for p, saved in zip(other.model.parameters(), trainer.model.parameters()):
+        p.data = p.data.to(saved.dtype)
+    checkpoint.restore(state, other.model, *other.optimizers)
+    pairs = zip(weights_and_states(trainer), weights_and_states(other), strict=True)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_weight_or_state_that_is_not_finite_is_found(small_config, process_group):
-    trainer = trainer_after_a_step(small_config)
+def test_a_weight_or_state_that_is_not_finite_is_found(trainer):
     adamw, muon = trainer.optimizers
     state, buffer = adamw.state[trainer.model.scalars], muon.state[trainer.model.blocks[3].mlp.fc_w]["momentum_buffer"]
     for tensor in (trainer.model.scalars.data, state["exp_avg"], state["exp_avg_sq"], buffer.view(-1)):
@@ -137,16 +106,3 @@ def test_a_weight_or_state_that_is_not_finite_is_found(small_config, process_gro
             good, tensor[5] = tensor[5].clone(), bad
             assert not checkpoint.is_finite_everywhere(trainer.model, trainer.optimizers)
             tensor[5] = good
-
-
-# -----------------------------------------------------------------------------
-# What a run goes on from; what is refused is in test_faults.py
-
-
-def test_all_but_what_may_change_must_be_equal(small_config, process_group):
-    trainer = start_trainer(small_config(sequences_per_step=1))
-    run = Run(None, trainer.hp, trainer.device, "the program", RunLog(None))
-    found = must_equal(run, trainer.train_shards, 1)
-    assert set(found) == {"program text", "device", "next batch", *(set(vars(HP)) - BOOKKEEPING_KEYS)}
-    assert (found["program text"], found["device"], found["seed"]) == ("the program", "cpu", 0)
-    assert found["next batch"] == ["s_train_000001.bin", 128]

@@ -6,8 +6,8 @@ import pytest
 from helpers import ROOT
 
 import train_gpt_medium as train
-from configs.checks import fitting_ranks
-from configs.keys import load
+from configs.checks import valid_world_sizes
+from configs.config import load
 
 
 def pairs(count):
@@ -71,7 +71,7 @@ def test_a_config_passes_all_checks_but_those_of_data_at_every_scale(name, tmp_p
     monkeypatch.chdir(tmp_path)
     for scale in SCALES:
         hp = read(name, scale=scale)
-        train.check_run(hp, Path(f"{name}.toml"), 1, train.model_on_meta)
+        train.check_run(hp, Path(f"{name}.toml"), 1)
         assert hp.value_embeddings == MAPS[name]
 
 
@@ -82,14 +82,16 @@ def test_the_scales_are_what_the_readme_says():
     assert small.train_files == train.Hyperparameters().train_files
     assert (tiny.model_dim, tiny.num_iterations, tiny.vocab_size) == (128, 160, 257)
     assert tiny.train_files == "data/local_text/local_train_*.bin"
-    assert all(8 in fitting_ranks(hp) for hp in (small, tiny, train.Hyperparameters()))
+    for hp in (small, tiny, train.Hyperparameters()):
+        assert 8 in valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
 
 
 @pytest.mark.parametrize("name, tables, scalars, gates", [
     ("baseline", 3, 80, 0), ("none", 0, 80, 0), ("share_01_1415", 2, 80, 0), ("pool_5", 5, 80 + 8 * 4, 0),
     ("pairs_4x2", 8, 80 + 8, 0), ("gate_add_2", 5, 80, 10 * 8 * 16)])
 def test_each_table_gate_and_lambda_is_counted_once(name, tables, scalars, gates):
-    total, *lines = train.describe_run(read(name)).partition("parameters: ")[2].replace(",", "").splitlines()
+    drawing = train.check_run(read(name), Path(f"{name}.toml"), 1)
+    total, *lines = drawing.partition("parameters: ")[2].replace(",", "").splitlines()
     expected = {"lm_head_w": 50304 * 1024, "embed.weight": 50257 * 1024, "value_embeds.*.weight": tables * 50257 * 1024,
                 "blocks.*.attn.ve_gate_w": gates, "scalars": scalars, "blocks.*.attn.qkvo_w": 15 * 4 * 1024**2,
                 "blocks.*.mlp.fc_w": 16 * 4 * 1024**2, "blocks.*.mlp.proj_w": 16 * 4 * 1024**2}

@@ -1,4 +1,4 @@
-"""Model: names, shapes, initial values, precision, and where each value embedding enters."""
+"""Test the model: names, shapes, initial values, precision, and where each value embedding enters."""
 
 import math
 
@@ -111,7 +111,7 @@ def test_initial_values():
     assert model.scalars.tolist() == 16 * [1.0] + 16 * [1.0, 0.0] + 16 * [0.5, 0.5]
 
 
-def test_further_lambdas_begin_at_a_half_and_gates_at_zero():
+def test_extra_lambdas_begin_at_a_half_and_gates_at_zero():
     model = make_model(value_embeddings=PAIRS, value_embedding_gate=True)
     assert model.scalars[80:].tolist() == 4 * [0.5]
     gates = {name: w for name, w in model.named_parameters() if "ve_gate_w" in name}
@@ -141,7 +141,7 @@ def test_tables_differ_and_another_seed_gives_other_weights():
 
 @pytest.mark.parametrize("tables", [[], BASELINE, [[5, 6, 8]], [[0, 1, 14, 15], [4]], POOL, [[3, 4], [4, 5], [4]]])
 def test_a_value_embedding_enters_in_the_layers_that_name_its_table(tables):
-    """Each layer's attention is given the rows of its own tables, in their order, and a lambda for each."""
+    """Each layer's attention gets its own tables' value embeddings, in their order, and a lambda for each."""
     model = with_golden_weights(tables)
     tokens, targets = sequence(128)
     given = {}
@@ -150,13 +150,13 @@ def test_a_value_embedding_enters_in_the_layers_that_name_its_table(tables):
             block.attn.register_forward_pre_hook(lambda module, args, i=i: given.update({i: args[1:3]}))
     model(tokens, targets, WINDOW)
     assert set(given) == set(range(16)) - {7}
-    further = iter(model.scalars[80:])
-    for layer, (rows, lambdas) in given.items():
+    extra = iter(model.scalars[80:])
+    for layer, (ve, lambdas) in given.items():
         expected = [model.value_embeds[k].weight[tokens] for k, layers in enumerate(tables) if layer in layers]
-        assert len(rows) == len(expected) and all(map(torch.equal, rows, expected))
-        own = [*model.scalars[48 + 2 * layer : 50 + 2 * layer], *(next(further) for _ in expected[1:])]
+        assert len(ve) == len(expected) and all(map(torch.equal, ve, expected))
+        own = [*model.scalars[48 + 2 * layer : 50 + 2 * layer], *(next(extra) for _ in expected[1:])]
         assert lambdas.tolist() == [own_lambda.item() for own_lambda in own]
-    assert list(further) == []
+    assert list(extra) == []
 
 
 def loss_and_gradients(model, batch):
@@ -200,10 +200,10 @@ def test_attention_against_the_formulas():
     T, heads, d = 256, 2, 256
     attn = train.CausalSelfAttention(d, heads, is_gated=False)
     torch.nn.init.normal_(attn.qkvo_w, std=0.05)
-    x, table_rows, lambdas = torch.randn(T, d), torch.randn(T, d), torch.tensor([0.6, 0.3])
+    x, ve, lambdas = torch.randn(T, d), torch.randn(T, d), torch.tensor([0.6, 0.3])
     docs = torch.zeros(T, dtype=torch.long)
     mask = train.dense_mask(train.document_blocks(docs), docs)
-    actual = attn(x, [table_rows], lambdas, mask, train.Rotary(T))
+    actual = attn(x, [ve], lambdas, mask, train.Rotary(T))
 
     def rms(y):
         return y / (y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
@@ -220,11 +220,19 @@ def test_attention_against_the_formulas():
     for head in range(heads):
         part = slice(128 * head, 128 * (head + 1))
         q, k, v = (rms((x.double() @ w.T)[:, part]) for w in (wq, wk, wv))
-        q, k, v = rope(q), rope(k), 0.6 * v + 0.3 * table_rows.double()[:, part]
+        q, k, v = rope(q), rope(k), 0.6 * v + 0.3 * ve.double()[:, part]
         scores = (0.12 * q @ k.T).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
         outputs.append(scores.softmax(-1) @ v)
     expected = torch.cat(outputs, dim=1) @ wo.T
     assert relative_error(actual, expected) < 1e-5
+
+
+def test_the_root_of_a_bf16_square_is_close_enough_to_relu():
+    """ReluSquared's backward takes relu(x) from the kept square: at most one bf16 rounding (2**-8) away."""
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    train.ReluSquared.apply(x).backward(torch.ones_like(x))
+    expected = 2 * x.detach().double().relu()
+    assert ((x.grad.double() - expected).abs() <= 2**-8 * expected).all() and relative_error(x.grad, expected) < 2e-3
 
 
 def test_logits_are_capped_at_15_and_the_padded_vocabulary_counts():

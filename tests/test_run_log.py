@@ -1,15 +1,23 @@
-"""logs/run_log.py: lines, header, number and lock of a run's log, and what becomes of an interrupted one."""
+"""logs/run_log.py: a log's place and state, its lines and number, and the runs that share its folder.
 
-import json
+test_faults.py has locks, truncation to a checkpoint, and what becomes of the checkpoint.
+"""
+
 import re
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from helpers import TRAIN_LINE, VAL_LINE
 
 from logs import run_log
-from logs.log_file import RULE, read_header
-from logs.run_log import RunLog, open_log, train_line, val_line
+from logs.log_format import ROOT, format_step_line, parse_step_lines, read_header
+from logs.run_log import RunLog, check_finished_runs, open_log
+
+PEAK = "peak memory allocated: 1 MiB reserved: 2 MiB\n"
+DIVERGED = "diverged at step 250: the validation loss is nan\n"
+ENDED = "ended: 2026-11-24 18:30:01 on host: "
 
 
 @pytest.fixture
@@ -17,60 +25,69 @@ def path(tmp_path):
     return tmp_path / "000.txt"
 
 
-def write_log(path, *lines):
-    log = RunLog(path, new=False)
-    for line in lines:
-        log.to_file(line)
-    return log
+@pytest.mark.parametrize("scale, expected", [
+    ("", "logs/add_2/007.txt"), ("tiny", "logs/tiny/add_2/007.txt"), ("my/own.toml", "logs/own/add_2/007.txt")])
+def test_place_of_a_log(scale, expected):
+    assert run_log.log_path("logs", scale, Path("somewhere/add_2.toml"), 7) == Path(expected)
 
 
-@pytest.mark.parametrize("line, expected", [
-    (val_line(125, 5960, 4.32568, 27923.4), "step:125/5960 val_loss:4.325680 train_time:27923ms step_avg:223.39ms"),
-    (val_line(0, 5960, 10.82584, 0.17), "step:0/5960 val_loss:10.825840 train_time:0ms step_avg:0.17ms"),
-    (train_line(126, 5960, 28146.0), "step:126/5960 train_time:28146ms step_avg:223.38ms"),
-])
-def test_lines_to_the_letter(line, expected):
-    assert line == expected and (VAL_LINE.match(line) is None) != (TRAIN_LINE.match(line) is None)
+@pytest.mark.parametrize("end, finished, reason", [
+    (PEAK, True, ""), ("peak memory resident: 1 MiB\n", True, ""), (f"{PEAK}{ENDED}finished\n", True, ""),
+    (f"{PEAK}ended: 2026-11", True, ""),  # killed while it wrote the last line
+    (DIVERGED, True, DIVERGED[:-1]), (f"{DIVERGED}{ENDED}diverged\n", True, DIVERGED[:-1]),
+    (PEAK[:-1], False, ""), (DIVERGED[:-20], False, ""),  # torn: being written
+    (f"  {PEAK}", False, ""), (f"{ENDED}stopped by signal 15: at 3\n", False, "stopped by signal 15: at 3"),
+    (f"{ENDED}stopped by signal 15\nresumed at step 1\n", False, "")])
+def test_the_last_complete_lines_tell_whether_a_run_is_finished_and_why_it_failed(path, end, finished, reason):
+    """The same lines in the code, far above, do not count."""
+    path.write_text(PEAK + DIVERGED + 400 * "the text of the program\n" + end)
+    assert run_log.is_finished(path) == finished and run_log.failure_reason(path) == reason
+
+
+def test_last_complete_line_of_a_kind(path):
+    assert not run_log.is_finished(path) and run_log.last_line(path, "step:") == ""  # no log
+    path.write_bytes(b"step:1/4\nstep:2/4 \xff\nended: why\nstep:3/4")
+    lines = [run_log.last_line(path, kind) for kind in ("step:", "ended: ", "peak")]
+    assert lines == ["step:2/4 \ufffd", "ended: why", ""]
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_written(path, capsys):
-    log = RunLog(path)
-    log.line("for both")
-    log.to_file("for the file, with \udce9 of a file's name")
-    assert path.read_text() == "for both\nfor the file, with \\udce9 of a file's name\n"
-    assert capsys.readouterr().out == "for both\n"
+    log, silent = RunLog(path), RunLog(None)  # the second as on ranks above 0
+    for each in (log, silent):
+        each.line("for both, with \udce9 of a file's name")
+        each.to_file("for the file")
+    silent.write_header("code", {})
+    silent.train_line(25, 50, 10.0)
+    silent.end("finished")
+    assert path.read_text() == "for both, with \\udce9 of a file's name\nfor the file\n"
+    assert capsys.readouterr().out == "for both, with \\udce9 of a file's name\n"
 
 
-def test_every_training_step_is_in_the_file_and_every_25th_on_the_output(path, capsys):
+@pytest.mark.parametrize("output", [">&-", "| true"], ids=["closed", "a pipe that nobody reads"])
+def test_printing_survives_a_closed_output(output):
+    program = "import sys, time; from logs.run_log import say; time.sleep(1); say('x'); say('y'); sys.stderr.write('z')"
+    command = ["sh", "-c", f'"$0" -c "$1" {output}', sys.executable, program]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr == "z"
+
+
+def test_the_output_has_every_25th_training_step_and_the_log_all(path, capsys):
+    """test_launch.py shows the bar that replaces them on a terminal."""
     log = RunLog(path)
+    log.show_progress(50, 0)
     for step in range(1, 51):
         log.train_line(step, 50, step * 10.0)
-    assert [int(match[1]) for match in TRAIN_LINE.finditer(path.read_text())] == list(range(1, 51))
-    assert capsys.readouterr().out.splitlines() == [train_line(25, 50, 250.0), train_line(50, 50, 500.0)]
+    log.line("validation")
+    assert [line.step for line in parse_step_lines(path.read_text())] == list(range(1, 51))
+    assert capsys.readouterr().out.splitlines() == [
+        format_step_line(25, 50, 250.0), format_step_line(50, 50, 500.0), "validation"]
 
 
-def test_a_rank_without_a_log_writes_nothing(capsys):
-    log = RunLog(None)
-    log.write_header("code", {})
-    log.line("text")
-    log.train_line(25, 50, 10.0)
-    log.end("finished")
-    assert capsys.readouterr().out == ""
-
-
-def test_the_last_line_says_when_where_and_why(path):
-    write_log(path).end("stopped by signal 15")
-    assert re.fullmatch(r"ended: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d on \S+: stopped by signal 15\n", path.read_text())
-
-
-def test_the_header_is_read_as_it_was_written(path):
-    configuration = dict(description='quotes " and ünicode', value_embeddings=[[0, 13]], seed=None, lr=0.3, gate=False)
-    write_log(path).write_header("# a.py\nx = 1\n\n# b.py\ny = 2", configuration, "Running Python", "a map")
-    assert read_header(path) == ("# a.py\nx = 1\n\n# b.py\ny = 2", configuration)
-    _, keys, environment, rest = path.read_text().split(f"{RULE}\n")
-    assert keys.splitlines() == [f"{name} = {json.dumps(value, ensure_ascii=False)}"
-                                 for name, value in configuration.items()]
-    assert re.fullmatch(r"Running Python\na map\nstarted: \S+ \S+ on \S+\n", environment) and rest == ""
+def test_the_header_and_the_last_line_say_when_and_where(path):
+    log, now = RunLog(path), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d on \S+"
+    log.write_header("x = 1", {"lr": 0.3}, "Running Python", "a map")
+    log.end("why")
+    assert read_header(path) == ("x = 1", {"lr": 0.3})
+    assert re.search(rf"=\nRunning Python\na map\nstarted: {now}\n=+\nended: {now}: why\n$", path.read_text())
 
 
 @pytest.mark.parametrize("taken, expected", [
@@ -81,51 +98,41 @@ def test_a_new_run_takes_the_first_number_that_no_file_has(path, taken, expected
     assert open_log(path, is_new=True).path == path.with_name(f"{expected:03d}.txt")
 
 
-def test_a_number_that_another_run_takes_at_the_same_moment(path, monkeypatch):
+def test_numbers_that_are_taken_at_the_same_moment_or_all(path, monkeypatch):
+    path.with_name("999.txt").touch()
+    with pytest.raises(OSError, match="all run_ids up to 999 are taken"):
+        open_log(path.with_name("999.txt"), is_new=True)
     path.touch()
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
     assert open_log(path, is_new=True).path.name == "001.txt"
 
 
-def test_when_all_numbers_are_taken(path):
-    path.with_name("999.txt").touch()
-    with pytest.raises(OSError, match="all run_ids up to 999 are taken"):
-        open_log(path.with_name("999.txt"), is_new=True)
-
-
-def test_a_run_has_one_process(path, monkeypatch):
-    monkeypatch.setattr(run_log.time, "sleep", lambda seconds: None)
-    first, second = RunLog(path), RunLog(path, new=False)
-    first.lock()
-    with pytest.raises(ValueError, match=f"{path}: another process runs this; wait for its end or use another run_id"):
-        second.lock()
-    first.file.close()
-    second.lock()
-
-
-@pytest.mark.parametrize("line", ["peak memory resident: 1 MiB", "diverged at step 250: the validation loss is nan"])
-def test_a_finished_run_is_never_overwritten(path, line):
-    with pytest.raises(ValueError, match=f"{path} is finished, and a log is never overwritten; use another run_id"):
-        write_log(path, line).lock()
-
-
-def test_a_log_is_cut_to_where_its_checkpoint_was_written(path):
-    size = write_log(path, "header", "step:1/4").size()
-    write_log(path, "step:2/4")
-    log = open_log(path, is_new=False)
-    log.cut(size)
-    log.to_file("resumed")
-    assert path.read_text() == "header\nstep:1/4\nresumed\n" and list(path.parent.iterdir()) == [path]
-
-
-def test_a_log_shorter_than_at_its_checkpoint_is_refused(path):
-    with pytest.raises(ValueError, match=f"{path}: shorter than at its checkpoint; put the log back, or use another"):
-        write_log(path, "header").cut(1000)
-
-
-def test_a_run_that_starts_over_keeps_its_results_aside_and_a_header_alone_not(path):
-    for text in ("step:1/4", "step:2/4", "header"):
-        write_log(path, text).cut(0)
+def test_a_run_that_starts_over_keeps_a_copy_of_its_results_but_not_of_a_header_alone(path):
+    for text in ("step:1/4\n", "step:2/4\n", "header\n"):
+        path.write_text(text)
+        open_log(path, is_new=False).truncate(0)
         assert path.read_text() == ""
     aside = {file.name: file.read_text() for file in path.parent.iterdir() if file != path}
     assert aside == {"000.txt.interrupted": "step:1/4\n", "000.txt.interrupted1": "step:2/4\n"}
+
+
+@pytest.mark.parametrize("changed, end, change", [
+    ({"seed": 1, "run_id": 1, "description": "b", "code": "x = 1  # one"}, PEAK, ""), ({"lr": 0.1}, ENDED, ""),
+    ({"lr": 0.1}, PEAK, "lr was 0.3 and is 0.1"), ({"lr": 0.1}, DIVERGED, "lr was 0.3 and is 0.1"),
+    ({"width": 256}, PEAK, "width was null and is 256"), ({"code": "x = 2"}, PEAK, "the code has changed"),
+    ({"train_data": [["a", 9]]}, PEAK, 'train_data was [["a", 8]] and is [["a", 9]]')])
+def test_a_finished_run_of_another_experiment_is_named_with_a_command_that_moves_it(tmp_path, changed, end, change):
+    """The command gives the folder the first free number."""
+    folder, taken, free = (tmp_path / f"it's add_2{ending}" for ending in ("", ".1", ".2"))
+    for made in [folder] + [taken] * (end == DIVERGED):
+        made.mkdir()
+    log, then = RunLog(folder / "000.txt"), dict(seed=0, run_id=0, description="a", lr=0.3, train_data=[["a", 8]])
+    log.write_header("x = 1", then, "Running Python")
+    log.to_file(end[:-1])
+    with pytest.raises(ValueError) if change else nullcontext() as error:
+        check_finished_runs(folder, then | {"code": "x = 1"} | changed)
+    if change:
+        assert str(error.value).startswith(f"{log.path}: ") and f": {change}; give the config" in str(error.value)
+        subprocess.run(str(error.value).rpartition("folder: ")[2], shell=True, check=True)
+        check_finished_runs(folder, then | {"code": "x = 1"} | changed)
+    assert (folder.exists(), taken.exists(), free.exists()) == (not change, change != "", end == DIVERGED)

@@ -1,137 +1,137 @@
-"""run.sh: which Python it takes, what it installs, and what it starts, in a folder with a program that prints that."""
+"""run.sh: the Python it takes, what it installs and what it starts, in a checkout whose programs print that."""
 
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import ROOT
 
-REQUIREMENTS = 'torch==2.13.0\nnumpy>=2\ntomli; python_version < "3.11"\ntriton>=3.5; sys_platform == "linux"\n'
-COMPLETE = {"torch": "2.11.0+cpu", "numpy": "2.1.0", "tomli": "2.0", "triton": "3.10.1"}
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ["torch", "tqdm", "numpy", "huggingface_hub"]
+HELP = ("-n RUNS", "--notify COMMAND", "status [FOLDER]", "compare PATH", "test [PYTEST OPTION ...]", "$PYTHON")
 
 
 @pytest.fixture
 def clone(tmp_path):
-    """A checkout whose program prints the Python that runs it, and its arguments; beside it `bin`, first in PATH.
-
-    In `bin` are Pythons none of which works.
-    """
-    for name in ("python", "python3", *(f"python3.{minor}" for minor in range(10, 15))):
-        write_script(tmp_path / "bin" / name, "exit 1")
+    """A checkout. Beside it is `bin`, first in PATH, with a python3 that does not work."""
     folder = tmp_path / "a clone"
-    for name in ("run.sh", "configs/packages.py"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "requirements.txt").write_text(REQUIREMENTS)
-    (folder / "train_gpt_medium.py").write_text("import sys\nprint(sys.executable, *sys.argv[1:])\n")
+    for name in ("configs/run_queue.py", "logs/status.py", "logs/compare.py", "tests/pytest.py"):
+        write(folder / name, "import os, sys; words = [word.rpartition('/')[2] for word in sys.argv]\n"
+                             "print(sys.executable, *words, os.environ.get('OMP_NUM_THREADS', ''))")
+    for name in ("", "logs", "tests"):
+        write(folder / name / "requirements.txt", name)
+    shutil.copy(ROOT / "run.sh", folder)
+    write(tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1")
     return folder
 
 
-def write_script(path, text):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
     path.chmod(0o755)
 
 
-def make_python(folder, versions={}, **modules):
-    """A Python with packages of these versions and modules of this text; its pip says what it is asked to install."""
+def make_python(folder, modules=(), torch="2.11.0+cpu", pip="print('pip', *sys.argv[1:])"):
+    """Make a Python with these modules, none of which can be imported, and a pip that says what it should install."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     packages = next((folder / "lib").glob("python*")) / "site-packages"
-    for name, version in versions.items():
-        (packages / f"{name}-{version}.dist-info").mkdir()
-        (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-    for name, text in {"pip": "print('pip', *sys.argv[1:])", **modules}.items():
-        (packages / f"{name}.py").write_text(f"import os, sys\nif __name__ == '__main__':\n    {text}")
+    write(packages / f"torch-{torch}.dist-info" / "METADATA", f"Name: torch\nVersion: {torch}\n")
+    for name in modules:
+        write(packages / f"{name}.py", "1 / 0")
+    write(packages / "pip.py", f"import sys\nif __name__ == '__main__': {pip}")
     return folder / "bin" / "python"
 
 
-def make_active_python(clone, versions={}):
-    python = make_python(clone.parent / "active", versions)
-    write_script(clone.parent / "bin" / "python3", f'exec "{python}" "$@"')
+def make_active_python(clone, **options):
+    """Make it python3 in PATH. Its `venv` copies ../template."""
+    python, template = make_python(clone.parent / "active", **options), clone.parent / "template"
+    make_python(template)
+    write(clone.parent / "bin" / "python3",
+          f'#!/bin/sh\n[ "$1 $2" != "-m venv" ] || exec cp -R "{template}/." "$3"\nexec "{python}" "$@"')
     return python
 
 
-def run(clone, *arguments, command=None):
-    """The exit status and what was printed."""
-    environment = {**os.environ, "PATH": f"{clone.parent}/bin:/usr/bin:/bin", "PIP_NO_INDEX": "1"}
-    environment.pop("OMP_NUM_THREADS", None)
-    result = subprocess.run([*(command or [clone / "run.sh"]), *arguments], cwd=clone if command else None, text=True,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return result.returncode, result.stdout.splitlines()
+def run(clone, *arguments, command=None, **environment):
+    """Return the exit status and the printed lines."""
+    environment = os.environ | {"PATH": f"{clone.parent}/bin:/usr/bin:/bin", "OMP_NUM_THREADS": ""} | environment
+    result = subprocess.run([*(command or [clone / "run.sh"]), *arguments], text=True, env=environment,
+                            cwd=clone if command else None, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return result.returncode, [line.strip() for line in result.stdout.splitlines()]
 
 
-def test_an_active_python_with_the_packages_is_used_unless_venv_is_complete(clone):
-    active = make_active_python(clone, COMPLETE)
-    assert run(clone, "a b.toml", "-n", "2") == (0, [f"{active} --queue a b.toml -n 2"])
-    venv = make_python(clone / ".venv", COMPLETE)
-    assert run(clone) == (0, [f"{venv} --queue"])
+def test_it_takes_PYTHON_or_else_venv_or_else_python3(clone, tmp_path):
+    active = make_active_python(clone, modules=MODULES)
+    assert run(clone, "a b.toml", "-n", "2") == (0, [f"{active} run_queue.py a b.toml -n 2"])
+    venv, other = make_python(clone / ".venv"), make_python(tmp_path / "other")
+    assert run(clone)[1][-1] == f"{venv} run_queue.py"
+    assert run(clone, PYTHON=str(other)) == (0, [f"{other} run_queue.py"])
 
 
-@pytest.mark.parametrize("changes, lacking", [
-    (dict(torch="2.5.1"), "it has PyTorch 2.5.1, and 2.11 to 2.13 is needed"),
-    (dict(torch="2.14.0"), "it has PyTorch 2.14.0, and 2.11 to 2.13 is needed"),
-    (dict(numpy="1.26.4"), "it has numpy 1.26.4, and numpy>=2 is needed"),
-    (dict(torch=None), "torch is missing"),
+@pytest.mark.parametrize("options, lacking", [
+    (dict(modules=MODULES, torch="2.5.1"), "PyTorch 2.11 to 2.13"), (dict(modules=MODULES[:1]), "numpy"),
+    (dict(modules=MODULES, torch="2.14.0"), "PyTorch 2.11 to 2.13"), (dict(), "torch"),
 ])
-def test_what_an_active_python_lacks_is_said_before_installing(clone, changes, lacking):
-    make_active_python(clone, {name: version for name, version in (COMPLETE | changes).items() if version})
-    venv = make_python(clone / ".venv")
+def test_if_python3_lacks_something_that_is_said_and_venv_is_made(clone, options, lacking):
+    active = make_active_python(clone, **options)
     assert run(clone) == (0, [
-        f"run.sh: {clone.parent}/bin/python3 is passed over for .venv: {lacking}",
-        f"run.sh: installing requirements.txt in {clone}/.venv",
-        f"pip install --quiet --requirement={clone}/requirements.txt",
-        f"{venv} --queue",
-    ])
+        f"run.sh: {active} lacks {lacking}", f"run.sh: installing requirements.txt in {clone}/.venv",
+        f"pip install --quiet --requirement {clone}/requirements.txt", f"{clone}/.venv/bin/python run_queue.py"])
 
 
-def test_venv_is_made_by_the_newest_python(clone, tmp_path):
-    make_python(tmp_path / "template")
-    for name in ("python3", "python3.10", "python3.13"):
-        write_script(tmp_path / "bin" / name, f'case "$1" in -m) cp -R "{tmp_path}/template" "$4";; -c) ;;'
-                                              f'--version) echo "{name} of the test";; *) exit 1;; esac')
-    status, lines = run(clone)
-    assert status == 0 and f"run.sh: making {clone}/.venv with python3.13 of the test" in lines
-    assert lines[-1] == f"{clone}/.venv/bin/python --queue"
+def test_a_requirements_file_is_installed_once_until_it_changes_and_venv_is_never_cleared(clone):
+    venv = make_python(clone / ".venv")
+    (clone / ".venv" / "mine").touch()
+    assert len(run(clone)[1]) == 3 and run(clone)[1] == [f"{venv} run_queue.py"]
+    (clone / "requirements.txt").write_text("a new one")
+    assert len(run(clone)[1]) == 3 and (clone / ".venv" / "mine").exists()
 
 
-def test_without_a_python_the_error_names_the_command_that_installs_one(clone):
+def test_without_a_python_the_error_names_the_command_that_installs_one_and_help_works(clone):
     status, lines = run(clone)
     assert status == 2 and "sudo apt install python3 python3-venv" in lines[-1]
-    assert not (clone / ".venv").exists()
-
-
-def test_help_installs_nothing(clone):
     status, lines = run(clone, "--help")
-    assert status == 0 and all(any(word in line for line in lines) for word in ("-n RUNS", "status", "test", "notify"))
-    assert not (clone / ".venv").exists()
+    assert status == 0 and all(text in "\n".join(lines) for text in HELP) and not (clone / ".venv").exists()
+    active = make_active_python(clone, modules=MODULES)  # which can list the keys, too
+    assert run(clone, "--help")[1][-1] == f"{active} run_queue.py --help"
 
 
-def test_a_failed_installation_starts_nothing(clone):
+def test_a_failed_installation_starts_nothing_and_is_tried_again(clone):
     make_python(clone / ".venv", pip="raise SystemExit('no network')")
-    status, lines = run(clone)
-    assert status == 2 and lines[-2:] == ["no network", "run.sh: could not install them, as the lines above say"]
+    assert run(clone) == run(clone) == (2, [f"run.sh: installing requirements.txt in {clone}/.venv", "no network",
+                                            "run.sh: cannot install requirements.txt; see the lines above"])
 
 
-def test_sh_and_a_link_to_run_sh_work(clone, tmp_path):
-    python = make_python(clone / ".venv", COMPLETE)
+def test_a_venv_whose_making_was_interrupted_is_completed(clone):
+    make_active_python(clone)
+    shutil.copytree(clone.parent / "template", clone / ".venv", symlinks=True)
+    next((clone / ".venv").rglob("pip.py")).unlink()
+    assert run(clone)[1][-1] == f"{clone}/.venv/bin/python run_queue.py"
+
+
+def test_sh_a_link_and_a_cdpath_work(clone, tmp_path):
+    python = make_active_python(clone, modules=MODULES)
     (tmp_path / "link").symlink_to(clone / "run.sh")
     for command in ([tmp_path / "link"], ["sh", "run.sh"], ["bash", "--posix", "run.sh"]):
-        assert run(clone, "x", command=command) == (0, [f"{python} --queue x"])
+        assert run(clone, "x", command=command, CDPATH=f"{tmp_path}:/") == (0, [f"{python} run_queue.py x"])
 
 
-def test_status_needs_no_packages(clone):
-    make_active_python(clone)
-    (clone / "logs").mkdir()
-    (clone / "logs" / "status.py").write_text("import sys; print('status', *sys.argv[1:])")
-    assert run(clone, "status", "a folder") == (0, ["status a folder"])
+def test_status_needs_no_packages_and_compare_its_own(clone):
+    active = make_active_python(clone, modules=["numpy", "scipy", "matplotlib"])
+    assert run(clone, "status", "a folder") == (0, [f"{active} status.py a folder"])
+    assert run(clone, "compare", "a folder") == (0, [f"{active} compare.py a folder"])
+    venv = make_python(clone / ".venv")
+    assert run(clone, "status") == (0, [f"{venv} status.py"])
+    assert run(clone, "compare")[1][1:] == [
+        f"pip install --quiet --requirement {clone}/logs/requirements.txt", f"{venv} compare.py"]
 
 
-def test_tests_run_two_at_a_time(clone):
-    for name in ("tests", "logs"):
-        (clone / name).mkdir()
-        (clone / name / "requirements.txt").write_text("pytest>=8\n-r requirements.txt\n")
-    program = "print(*sys.argv[1:], os.environ['OMP_NUM_THREADS'])"
-    make_python(clone / ".venv", COMPLETE | {"pytest": "8.1"}, pytest=program)
-    assert run(clone, "test", "-m", "not slow") == (0, ["--numprocesses 2 --dist worksteal -m not slow 1"])
+def test_tests_run_two_at_a_time_unless_there_is_a_gpu(clone):
+    venv = make_python(clone / ".venv")
+    lines = run(clone, "test", "-m", "not slow", PYTHONPATH=f"{clone}/tests")[1]
+    assert [line.rpartition(" ")[2] for line in lines[1:6:2]] == [
+        f"clone/{name}requirements.txt" for name in ("", "logs/", "tests/")]
+    assert lines[-1] == f"{venv} pytest.py --numprocesses 2 --dist worksteal -m not slow 1"
+    write(clone.parent / "bin" / "nvidia-smi", "")
+    assert run(clone, "test", PYTHONPATH=f"{clone}/tests")[1] == [f"{venv} pytest.py --numprocesses 0 --dist worksteal"]

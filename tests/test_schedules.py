@@ -30,7 +30,7 @@ def test_window_blocks(step, n, blocks):
 
 
 def test_the_window_is_made_once_for_each_number_of_blocks():
-    """A copy to the GPU in every step would make it wait."""
+    """Copying it to the GPU in every step would stall the CPU."""
     first, second = (train.window_tensor(blocks, torch.device("cpu")) for blocks in (3, 3))
     assert first is second and (first.item(), first.dtype) == (3, torch.int32)
 
@@ -46,8 +46,8 @@ def test_window_is_the_smallest_that_is_large_enough(n):
 def test_learning_rates_and_momentum_reach_the_optimizers():
     hp = train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=256, num_iterations=200,
                                value_embedding_gate=True, value_embedding_lr=0.1)
-    adamw, muon = optimizers = train.make_optimizers(train.model_on_meta(hp), hp, rank=0, world_size=1)
-    train.set_schedules(optimizers, 130, hp)  # x = 0.65, so half of each rate
+    adamw, muon = train.make_optimizers(train.GPT(hp), hp, rank=0, world_size=1)
+    train.set_schedules(adamw, muon, 130, hp)  # x = 0.65, so half of each rate
     assert [group["lr"] for group in adamw.param_groups] == pytest.approx([0.5 / 320, 0.15, 0.05, 0.004, 0.0075])
     assert [group["lr"] for group in muon.param_groups] == pytest.approx([0.0125] * 3)
     assert [group["momentum"] for group in muon.param_groups] == pytest.approx([0.85 + 0.1 * 130 / 300] * 3)

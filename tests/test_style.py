@@ -1,4 +1,4 @@
-"""The repository's own rules: ruff, the directions of imports, and no side effects of importing."""
+"""Test the repository's rules: ruff, one-way imports, no side effects at import."""
 
 import os
 import re
@@ -13,7 +13,7 @@ NAMES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODU
 
 
 def assert_silent(*arguments, cwd=ROOT):
-    """Runs Python, with the repository importable, which must end well without a word."""
+    """Run Python, with the repository importable: it must succeed without a word."""
     command, env = [sys.executable, *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -24,8 +24,11 @@ def test_ruff_finds_nothing():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_knows_nothing_of_the_training_script_and_shadows_no_library(path):
-    assert not re.search(r"^\s*(import|from) train_gpt_medium\b", path.read_text(), re.MULTILINE)
+def test_imports_go_one_way_and_a_module_shadows_no_library(path):
+    """data <- logs <- configs <- script."""
+    layers = ["data", "logs", "configs", "train_gpt_medium"]
+    later = "|".join(layers[layers.index(path.parent.name) + 1 :])
+    assert not re.search(rf"^\s*(import|from) ({later})\b", path.read_text(), re.MULTILINE)
     assert path.stem not in sys.stdlib_module_names  # python logs/X.py puts logs/ first on the path
 
 
@@ -44,7 +47,7 @@ assert not any("TORCH" in name or "CUDA" in name or "OMP" in name for name in ch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_configs_data_and_logs_are_read_without_pytorch():
-    """Fetching, making data, comparing and status do not wait for it."""
-    modules = "configs.keys, data.cached_fineweb10B, data.local_text, logs.compare, logs.run_log, logs.status"
-    assert_silent("-c", f"import {modules}, sys; assert 'torch' not in sys.modules")
+def test_the_queue_data_and_logs_do_not_import_pytorch():
+    """Queue, fetching, making data, comparing and status start at once."""
+    modules = "configs.run_queue, data.cached_fineweb10B, data.local_text, logs.compare, logs.run_log, logs.status"
+    assert_silent("-c", f"import {modules}, sys; assert not {{'torch', 'huggingface_hub'}} & set(sys.modules)")

@@ -1,9 +1,8 @@
-"""The step, the loop and the log of a run. The golden trajectories are in test_golden.py."""
+"""Test the step, the loop and the log of a run. The golden trajectories are in test_golden.py."""
 
 import json
 import re
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +11,21 @@ from golden import golden_weights
 from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_losses, weights_and_states
 
 import train_gpt_medium as train
-from data.batches import train_batches
-from logs import checkpoint, log_file, machine, ranks, run_log
-from logs.resume import Run
+from data.loader import train_batches
+from logs import checkpoint, distributed, log_format, run_log
 
 
 def train_to_end(trainer, path):
-    """Runs the loop from step 0, without signals; returns the log's text."""
-    run = Run(Path("small.toml"), trainer.hp, trainer.device, "the program", run_log.RunLog(path))
-    train.train(trainer, run, SimpleNamespace(agreed=lambda: 0), first_step=0, time_ms=0.0)
+    """Run the loop from step 0, without signals; return the log's text."""
+    run = train.Run(trainer.hp, trainer.device, {}, "the map", run_log.RunLog(path), None)
+    train.train(trainer, run, SimpleNamespace(poll=lambda: 0), first_step=0, time_ms=0.0)
     return path.read_text()
+
+
+def batches_of(trainer):
+    hp = trainer.hp
+    return train_batches(trainer.train_shards, hp.sequences_per_step, hp.train_seq_len, 0, hp.num_iterations, 0, 1,
+                         trainer.device)
 
 
 # -----------------------------------------------------------------------------
@@ -33,7 +37,7 @@ def test_accumulated_gradients_are_the_mean_over_the_sequences(small_config, pro
     trainer = start_trainer(small_config())
     table = trainer.model.value_embeds[0].weight
     trainer.model.load_state_dict(golden_weights([[0, 13], [1, 14], [2, 15]], 128, 256))
-    inputs, targets = next(train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device))
+    inputs, targets = next(batches_of(trainer))
     losses = [trainer.model(*sequence, trainer.window(0)) for sequence in zip(inputs, targets)]
     expected = torch.autograd.grad(torch.stack(losses).mean(), table)[0]
     found = []
@@ -44,8 +48,8 @@ def test_accumulated_gradients_are_the_mean_over_the_sequences(small_config, pro
 
 def test_a_parameter_without_a_gradient_is_named(small_config, process_group):
     trainer = start_trainer(small_config(sequences_per_step=1))
-    trainer.model.tables_of = [[k for k in tables if k != 1] for tables in trainer.model.tables_of]
-    batch = next(train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device))
+    trainer.model.tables_by_layer = [[k for k in tables if k != 1] for tables in trainer.model.tables_by_layer]
+    batch = next(batches_of(trainer))
     with pytest.raises(ValueError, match="parameter value_embeds.1.weight got no gradient: .* use it in GPT.forward"):
         trainer.train_step(0, *batch)
 
@@ -57,7 +61,7 @@ def test_warm_up_leaves_no_trace(small_config, process_group):
         trainer = start_trainer(small_config(sequences_per_step=1, val_tokens=256), warmup_steps=warmup_steps)
         trainer.warm_up()
         before = weights_and_states(trainer)
-        batches = train_batches(trainer.train_shards, trainer.hp, 0, 1, trainer.device)
+        batches = batches_of(trainer)
         for step in range(2):
             trainer.train_step(step, *next(batches))
         results.append((before, weights_and_states(trainer), trainer.validate(2)))
@@ -85,7 +89,7 @@ def trainer(small_config, process_group, monkeypatch):
     events = trainer.events = []
     monkeypatch.setattr(trainer, "validate", lambda step: events.append("validate") or 1.0)
     monkeypatch.setattr(trainer, "train_step", lambda *_: events.append("step"))
-    monkeypatch.setattr(ranks, "wait_for_all", lambda device: events.append("barrier"))
+    monkeypatch.setattr(distributed, "synchronize", lambda device: events.append("barrier") or time.perf_counter())
     monkeypatch.setattr(checkpoint, "write", lambda path, state: events.append(f"checkpoint {state['step']}"))
     return trainer
 
@@ -103,7 +107,7 @@ def test_validations_are_at_step_0_every_so_often_and_at_the_last_and_checkpoint
     assert [event for event in trainer.events if "checkpoint" in event] == [f"checkpoint {n}" for n in checkpoints]
 
 
-def test_the_clock_runs_over_training_only_and_waits_for_all_ranks(trainer, tmp_path, monkeypatch):
+def test_only_training_is_timed_between_synchronizations_of_all_ranks(trainer, tmp_path, monkeypatch):
     """Each step takes a second, each validation and checkpoint an hour."""
     change(trainer, val_loss_every=3, checkpoint_every=4)
     seconds = dict(step=1, barrier=0)
@@ -126,14 +130,16 @@ def test_the_log_of_a_run_from_its_first_line_to_its_last(run_main, small_config
     config = small_config(val_tokens=256, val_loss_every=3, warmup_steps=1, description='quotes " and ünicode')
     assert run_main(config, "--seed", 5, "--sequences_per_step", 2) == 0
     path = tmp_path / "logs" / "small" / "000.txt"
-    code, configuration = log_file.read_header(path)
+    code, header = log_format.read_header(path)
+    configuration = {name: header[name] for name in vars(train.Hyperparameters())}
     words = (line.partition(" = ") for line in config.read_text().splitlines())
     keys = {name: json.loads(value) for name, _, value in words}
-    assert code == machine.program_text()
+    assert code == log_format.program_text()
     assert configuration == vars(train.Hyperparameters()) | keys | dict(seed=5, run_id=0, sequences_per_step=2)
-    _, _, environment, lines = path.read_text().split(f"{log_file.RULE}\n")
+    _, _, environment, lines = path.read_text().split(f"{log_format.RULE}\n")
     assert f"Running PyTorch {torch.__version__}" in environment and "device: 1 rank, CPU" in environment
-    assert train.describe_run(train.Hyperparameters(**configuration)) in environment
+    assert train.check_run(train.Hyperparameters(**configuration), config, 1) in environment
+    assert [name for name, *_ in header["train_data"]] == ["s_train_000001.bin"] and header["device"] == "cpu"
     assert [(int(match[1]), int(match[2])) for match in VAL_LINE.finditer(lines)] == [(0, 4), (3, 4), (4, 4)]
     assert [(int(match[1]), int(match[2])) for match in TRAIN_LINE.finditer(lines)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     *_, peak, ended = lines.splitlines()
@@ -143,7 +149,7 @@ def test_the_log_of_a_run_from_its_first_line_to_its_last(run_main, small_config
 def test_run_ids_count_up_and_are_the_seed(run_main, small_config, tmp_path):
     config = small_config(num_iterations=1, sequences_per_step=1, val_tokens=256, val_loss_every=0)
     assert [run_main(config, "--seed", 9), run_main(config)] == [0, 0]
-    found = [log_file.read_header(tmp_path / f"logs/small/{number:03d}.txt")[1] for number in (0, 1)]
+    found = [log_format.read_header(tmp_path / f"logs/small/{number:03d}.txt")[1] for number in (0, 1)]
     assert [(configuration["run_id"], configuration["seed"]) for configuration in found] == [(0, 9), (1, 1)]
 
 

@@ -1,0 +1,198 @@
+"""Read the keys of a frozen dataclass from TOML files and from `--KEY VALUE`.
+
+Make each field of the dataclass with `key`, which states its meaning and its limits. Every mistake raises a ValueError
+of one line: file or option, key, fault and fix.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import Field, field, fields
+from pathlib import Path
+from typing import Any
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+# A new type of key takes one line here: the name of its values, and a test for them. A list's entries are checked by
+# the key's own `check`.
+TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer", lambda value: type(value) is int),
+    int | None: ("an integer", lambda value: type(value) is int),
+    float: ("a number", lambda value: type(value) in (int, float)),
+    bool: ("true or false", lambda value: type(value) is bool),
+    str: ("a string", lambda value: type(value) is str),
+    list: ("a list", lambda value: type(value) is list),
+}
+
+
+def key(default: Any, meaning: str, *, min: float = -math.inf, max: float = math.inf, multiple_of: int = 1,
+        check: Callable[[Any], Any] = lambda value: value, scale: bool = False) -> Any:
+    """Make the field of a config key.
+
+    Args: its default, its meaning, a number's limits, and whether a scale may set it. `check` returns the value,
+        normalized if need be, or raises ValueError.
+    """
+    limits = dict(min=min, max=max, multiple_of=multiple_of)
+    metadata = dict(meaning=meaning, limits=limits, check=check, scale=scale)
+    return field(default_factory=lambda: default, metadata=metadata)
+
+
+@contextmanager
+def error_context(source: str) -> Iterator[None]:
+    """Put a file and key, or an option, in front of an error's message. Turns an OSError into a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (f"{source}: {error}",)
+        raise
+    except OSError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+# -----------------------------------------------------------------------------
+# Values
+
+
+def check_limits(value: float, min: float, max: float, multiple_of: int) -> None:
+    """Raise ValueError if a number is outside its range. NaN is outside every range."""
+    if not value >= min:
+        raise ValueError(f"{value} is too small; use at least {min}")
+    if not value <= max:
+        raise ValueError(f"{value} is too large; use at most {max}")
+    if isinstance(value, int) and value % multiple_of:
+        raise ValueError(f"{value} is not a multiple of {multiple_of}; use {-(-value // multiple_of) * multiple_of}")
+
+
+def check_value(f: Field, value: Any) -> Any:
+    """Return the normalized value of one key. Raises ValueError if its type or value is wrong."""
+    if f.type not in TYPES:
+        raise ValueError(f"unknown type {f.type}; add a line to TYPES in configs/config.py")
+    name, has_type = TYPES[f.type]
+    if not has_type(value):
+        raise ValueError(f"expected {name}, found {json.dumps(value, default=str)}")
+    value = float(value) if f.type is float else value
+    if isinstance(value, (int, float)):
+        check_limits(value, **f.metadata["limits"])
+    return f.metadata["check"](value)
+
+
+def expand_path(value: str) -> str:
+    """Check a key that names files: refuse an empty one and expand ~."""
+    if not value:
+        raise ValueError("is empty; name a path, or omit the key for its default")
+    return os.path.expanduser(value)
+
+
+def check_log_dir(folder: Path) -> None:
+    """Raise ValueError unless this user can write below a folder. The folder need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"log_dir: cannot write logs below {existing}; set log_dir to a writable folder")
+
+
+# -----------------------------------------------------------------------------
+# Files and options
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the known name spelled most like `name`."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]:
+    """Return the checked keys of a flat TOML file. Raises ValueError naming the file, the key and the fix."""
+    if not path.is_file():
+        folder = "configs/scales" if is_scale else "configs"
+        known = [file.stem for file in (Path(__file__).parent.parent / folder).glob("*.toml")]
+        raise ValueError(f"{path}: no such file; did you mean {folder}/{nearest(path.stem, known)}.toml?")
+    with error_context(str(path)):
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not a TOML file in UTF-8: {error}") from None
+    known = {f.name: f for f in fields(cls)}
+    for name, value in values.items():
+        with error_context(f"{path}: {name}"):
+            if name not in known:
+                raise ValueError(f"unknown key; did you mean {nearest(name, list(known))}?")
+            if is_scale and not known[name].metadata["scale"]:
+                raise ValueError("a scale sets only size and data; move this key to the config")
+            values[name] = check_value(known[name], value)
+    return values
+
+
+def read_override(f: Field, text: str) -> Any:
+    """Return the checked value of `--NAME TEXT`. TEXT is a TOML value; a string needs no quotes."""
+    with error_context(f"--{f.name}"):
+        if f.type is str:
+            return check_value(f, text)
+        try:
+            parsed = tomllib.loads(f"value = {text}")
+        except tomllib.TOMLDecodeError:
+            parsed = {}
+        if list(parsed) != ["value"]:
+            hint = f"; quote the list: --{f.name} '{json.dumps(f.default_factory())}'" if text.startswith("[") else ""
+            raise ValueError(f"expected {TYPES[f.type][0]}, found {json.dumps(text)}{hint}")
+        return check_value(f, parsed["value"])
+
+
+def scale_path(scale: str) -> Path:
+    """Return the file of a scale: a path ending in .toml, or a name in configs/scales."""
+    return Path(scale) if scale.endswith(".toml") else Path(__file__).parent / "scales" / f"{scale}.toml"
+
+
+def load(cls: type, config: Path, overrides: dict[str, str]) -> Any:
+    """Return an instance of `cls`: options win over the scale, the scale over the config, the config over defaults.
+
+    Raises ValueError as the readers do.
+    """
+    values = read_config(cls, config)
+    options = {f.name: read_override(f, overrides[f.name]) for f in fields(cls) if f.name in overrides}
+    if scale := options.get("scale", values.get("scale", "")):
+        with error_context("--scale" if "scale" in options else f"{config}: scale"):
+            values |= read_config(cls, scale_path(scale), is_scale=True)
+    return cls(**values | options)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raise an ArgumentParser's complaints as ValueErrors, so that they are reported in one line, too."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; {' '.join(self.format_usage().split())}, see --help")
+
+
+def parse_command_line(
+    cls: type, arguments: Sequence[str], about: str
+) -> tuple[list[Path], dict[str, str], argparse.Namespace]:
+    """Return the configs, the text of each overridden key, and the options `check` and `json`.
+
+    Raises ValueError for an unknown option, a missing config, or a word that is not a config. Answers --help and exits.
+    """
+    parser = OneLineParser(usage="%(prog)s CONFIG.toml [--KEY VALUE ...] [--check]", allow_abbrev=False,
+                           description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", metavar="CONFIG.toml", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="check config and data, draw the map, and exit")
+    parser.add_argument("--json", action="store_true", help="with --check: print a JSON object for each config")
+    for f in fields(cls):
+        default, meaning = f.default_factory(), f.metadata["meaning"]
+        shown = "" if default in ("", None) else f" (default: {json.dumps(default)})"
+        parser.add_argument(f"--{f.name}", metavar="VALUE", default=argparse.SUPPRESS, help=meaning + shown)
+    namespace, unknown = parser.parse_known_args(arguments)
+    overrides = vars(namespace)
+    configs = overrides.pop("configs")
+    options = argparse.Namespace(check=overrides.pop("check"), json=overrides.pop("json"))
+    if unknown and unknown[0].startswith("-"):
+        option, names = unknown[0].partition("=")[0], [f.name for f in fields(cls)]
+        raise ValueError(f"{option}: unknown key; did you mean --{nearest(option.lstrip('-'), names)}?")
+    extra = [] if options.json else configs[1:]
+    if words := [str(path) for path in configs if path.suffix != ".toml" or path in extra] + unknown:
+        raise ValueError(f"unexpected argument {words[0]}: name a config by its .toml file, set a key with "
+                         "--KEY VALUE, and quote a VALUE with brackets, spaces or *")
+    return configs, overrides, options

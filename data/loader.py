@@ -1,0 +1,99 @@
+"""Batches for the model: each rank's part of the stream as tensors on its device, and checks before a run."""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.cached_fineweb10B import FINEWEB_FOLDER, SHARD_TOKENS, absent_shards, shard_number
+from data.local_text import LOCAL_TEXT_FOLDER
+from data.shards import MissingShardsError, Shard, locate_batches, num_batches, open_shards
+
+FULLY_CHECKED_TOKENS = 2**23  # in shards up to this size every token id is checked
+SAMPLES = 64, 2**14  # number and tokens of the evenly spaced samples that are checked in larger ones
+
+
+def to_inputs_and_targets(tokens: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Turn n*seq_len + 1 token ids into inputs (n, seq_len) int32 and targets (n, seq_len) int64 on the device."""
+    ids = torch.from_numpy(tokens.astype(np.int32))
+    if device.type == "cuda":
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    return ids[:-1].view(-1, seq_len), ids[1:].long().view(-1, seq_len)
+
+
+def prefetch(arrays: Iterator[np.ndarray], depth: int = 64) -> Iterator[np.ndarray]:
+    """Start a thread that takes up to `depth` arrays ahead; return an iterator over them and their exception."""
+    executor = ThreadPoolExecutor(max_workers=1)
+    futures = deque(executor.submit(next, arrays, None) for _ in range(depth))
+    def take() -> Iterator[np.ndarray]:
+        while (array := futures.popleft().result()) is not None:
+            futures.append(executor.submit(next, arrays, None))
+            yield array
+    return take()
+
+
+def train_batches(shards: list[Shard], sequences_per_step: int, seq_len: int, first_step: int, num_iterations: int,
+                  rank: int, world_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return this rank's part of each batch from `first_step` on, (sequences_per_step / world_size, seq_len)."""
+    tokens = sequences_per_step // world_size * seq_len
+    places = locate_batches(shards, sequences_per_step * seq_len, first_step, num_iterations)
+    arrays = prefetch(shard.read(position + rank * tokens, tokens + 1) for shard, position in places)
+    return (to_inputs_and_targets(array, seq_len, device) for array in arrays)
+
+
+def val_sequences(shards: list[Shard], seq_len: int, num_sequences: int, rank: int, world_size: int,
+                  device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (number, inputs, targets) of this rank's sequences, (seq_len,) each. All ranks together read them all."""
+    for number, (shard, position) in enumerate(locate_batches(shards, seq_len, 0, num_sequences)):
+        if number % world_size == rank:
+            inputs, targets = to_inputs_and_targets(shard.read(position, seq_len + 1), seq_len, device)
+            yield number, inputs[0], targets[0]
+
+
+def check_stream(pattern: str, vocab_size: int, batch_tokens: int, num_needed: int, purpose: str,
+                 fineweb_shards: int | None) -> None:
+    """Check that a stream holds the `num_needed` batches that `purpose` needs, of token ids below `vocab_size`.
+
+    Raises MissingShardsError for missing and damaged shards, ValueError for other faults. For FineWeb, its command
+    fetches at least `fineweb_shards` training shards; None means that all of them are too few.
+    """
+    try:
+        shards = open_shards(pattern)
+        check_token_ids(shards, vocab_size)
+        lengths = [shard.num_tokens for shard in shards]
+        if (found := num_batches(lengths, batch_tokens)) < num_needed:
+            whole = {shard.name for shard in shards if shard.num_tokens == SHARD_TOKENS}
+            error = MissingShardsError if absent_shards(pattern, fineweb_shards or 0, whole) else ValueError
+            raise error(f"too few tokens: {purpose} needs {num_needed * batch_tokens:,} ({num_needed:,} x "
+                        f"{batch_tokens:,}) and 2 more, {pattern} has {sum(lengths):,} (shards: {len(shards)}), "
+                        f"good for {found:,}; ask for less or add shards")
+        last = max(shard_number(shard.path) for shard, _ in locate_batches(shards, batch_tokens, 0, num_needed))
+        for name in absent_shards(pattern, last, {shard.name for shard in shards}):
+            raise MissingShardsError(f"{pattern}: {name} is missing though later shards are there, so the run would "
+                                     f"read other tokens; name the shards in the pattern or fetch the missing", name)
+    except MissingShardsError as error:
+        command = fetch_command(pattern, error.path, fineweb_shards)
+        raise MissingShardsError(str(error), error.path, command) from None
+
+
+def check_token_ids(shards: list[Shard], vocab_size: int) -> None:
+    """Raise ValueError for a token id that is not below `vocab_size`."""
+    for shard in shards:
+        num_samples, count = (1, shard.num_tokens) if shard.num_tokens <= FULLY_CHECKED_TOKENS else SAMPLES
+        for start in np.linspace(0, shard.num_tokens - count, num_samples).astype(int):
+            if (largest := shard.read(int(start), count).max()) >= vocab_size:
+                raise ValueError(f"{shard.path}: holds token id {largest}, but vocab_size is {vocab_size}; "
+                                 f"use data with this vocabulary, or set vocab_size")
+
+
+def fetch_command(pattern: str, path: str, fineweb_shards: int | None) -> list[str]:
+    """Return the arguments of the Python command that gets a pattern's shards and `path`, or [] if there is none."""
+    folder = os.path.realpath(os.path.dirname(pattern))
+    if folder == os.path.realpath(FINEWEB_FOLDER) and fineweb_shards is not None:
+        return ["data/cached_fineweb10B.py", str(max(fineweb_shards, shard_number(path)))]
+    is_empty = not any(LOCAL_TEXT_FOLDER.glob("local_*.bin"))  # never replace the user's own text
+    return ["data/local_text.py"] if folder == os.path.realpath(LOCAL_TEXT_FOLDER) and is_empty else []

@@ -1,0 +1,90 @@
+"""logs/distributed.py as one rank sees it: errors, signals, exits and devices. test_faults.py runs several ranks."""
+
+import os
+import re
+import signal
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import fail
+
+from logs import distributed
+from logs.run_log import RunLog
+
+pytestmark = pytest.mark.usefixtures("process_group")
+H100 = "NVIDIA H100 80GB HBM3, 535.104"
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    return RunLog(tmp_path / "000.txt")
+
+
+def test_a_users_error_is_one_line_and_exit_status_2(capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        distributed.on_all_ranks(fail, OSError(13, "two\nlines  and spaces", "/a/\udce9.bin"))
+    assert capsys.readouterr().err == "train_gpt_medium.py: [Errno 13] two lines and spaces: '/a/\\udce9.bin'\n"
+
+
+def test_a_signal_amid_a_write_to_the_log_exits_and_an_ignored_one_stays_ignored(log, monkeypatch):
+    """Python refuses to write to a file that it is writing to. nohup ignores SIGHUP."""
+    numbers, handlers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP), (signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN)
+    before = list(map(signal.signal, numbers, handlers))
+    monkeypatch.setattr(log, "end", lambda why: fail(RuntimeError("reentrant call")))
+    distributed.StopFlag(log)
+    with pytest.raises(SystemExit, match="^130$"):
+        signal.raise_signal(signal.SIGINT)
+    after = list(map(signal.signal, numbers, before))
+    assert after[0] == after[1] != after[2] == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("error, why", [
+    (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    (ValueError("s.bin: ends before token 5"), "s.bin: ends before token 5"),
+    (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory")])
+def test_an_early_end_of_a_rank_is_one_line_and_the_logs_last_line(log, capsys, monkeypatch, error, why):
+    """A bug has its traceback too. test_faults.py has the ends that every rank knows."""
+    for rank, of_rank in enumerate((log, RunLog(None))):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        with pytest.raises(SystemExit, match="^1$"):
+            distributed.run_and_report(of_rank, fail, error)
+        trace, _, message = capsys.readouterr().err.rpartition("train_gpt_medium.py: ")
+        assert message == f"{of_rank.path or 'rank 1'}: {why}\n"
+        assert trace.startswith("Traceback") == isinstance(error, RuntimeError)
+    assert re.fullmatch(f"ended: .*: {re.escape(why)}\n", log.path.read_text())
+
+
+@pytest.mark.parametrize("output, status, variables, is_error", [
+    (f"{H100}\n{H100}", 0, {}, True), ("", 0, {}, False), ("NVIDIA-SMI has failed", 9, {}, False),
+    (H100, 0, {"CUDA_VISIBLE_DEVICES": ""}, False), (H100, 0, {"CUDA_VISIBLE_DEVICES": "-1"}, False),
+    (H100, 0, {"PATH": ""}, False)])
+def test_a_visible_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch, output, status, variables, is_error):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho a warning >&2\necho '{output}'\nexit {status}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in ({"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables).items():
+        monkeypatch.setenv(name, value)
+    build = re.escape(f"PyTorch {torch.__version__} of {sys.executable}, built for CUDA ")
+    message = (f"^nvidia-smi lists NVIDIA H100 80GB HBM3 with driver 535.104, but {build}.* cannot use it; "
+               "install a newer driver or a PyTorch built for this one .* to train on the CPU$")
+    with pytest.raises(ValueError, match=message) if is_error else nullcontext():
+        assert distributed.find_device() == torch.device("cpu")
+
+
+def test_gpus_limit_the_ranks_and_are_counted_without_taking_memory_on_one(monkeypatch):
+    for name, value in dict(is_available=lambda: True, device_count=lambda: 1, set_device=pytest.fail).items():
+        monkeypatch.setattr(torch.cuda, name, value)  # a current device has a CUDA context, of hundreds of MiB
+    assert distributed.count_devices() == (1, "GPUs")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="started 8 ranks on 1 GPU; use --nproc_per_node=1"):
+        distributed.find_device()
+
+
+def test_the_peak_memory_of_this_process_is_in_mib():
+    found = re.fullmatch(r"peak memory resident: (\d+) MiB", distributed.peak_memory(torch.device("cpu")))
+    assert 100 < int(found[1]) < 100_000

@@ -1,0 +1,148 @@
+"""data/loader.py: the ranks' batches against a plain reading of the stream's rule, prefetching, checks before a run."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+
+from data import loader
+from data.cached_fineweb10B import num_shards_needed
+from data.loader import check_stream, prefetch, train_batches, val_sequences
+from data.shards import MissingShardsError, num_batches, open_shards, write_shard
+
+CPU = torch.device("cpu")
+# Ids on both sides of 32,768. The second shard is too short for any batch.
+TOKENS = np.split(np.arange(28_000, 37_000, dtype=np.uint16), [4_097, 4_400])
+
+
+def plain_stream(batch_tokens):
+    """The rule, word by word: each batch's tokens and the one after them."""
+    for shard in TOKENS:
+        pos = 0
+        while pos + batch_tokens + 1 < len(shard):
+            yield shard[pos : pos + batch_tokens + 1].tolist()
+            pos += batch_tokens
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("numbered")
+    for number, part in enumerate(TOKENS):
+        write_shard(folder / f"n_{number}.bin", part)
+    return open_shards(f"{folder}/n_*.bin")
+
+
+@pytest.mark.parametrize("world_size, sequences", [(1, 2), (3, 3), (2, 6)])
+def test_the_ranks_together_read_the_plain_stream(shards, world_size, sequences):
+    ranks = [train_batches(shards, sequences, 256, 0, 100, rank, world_size, CPU) for rank in range(world_size)]
+    batches, expected = list(zip(*ranks, strict=True)), list(plain_stream(sequences * 256))
+    assert len(batches) == len(expected) > 3
+    for batch, plain in zip(batches, expected):
+        inputs, targets = map(torch.cat, zip(*batch))
+        assert inputs.shape == targets.shape == (sequences, 256)
+        assert (inputs.dtype, targets.dtype) == (torch.int32, torch.int64)
+        assert inputs.flatten().tolist() == plain[:-1] and targets.flatten().tolist() == plain[1:]
+
+
+@pytest.mark.parametrize("step", [0, 6, 7, 8])
+def test_a_resumed_run_reads_the_same_batches_up_to_its_last_step(shards, step):
+    """The first shard holds seven batches, the second none, the third eight."""
+    rest = [inputs.flatten().tolist() for inputs, _ in train_batches(shards, 2, 256, step, 10, 0, 1, CPU)]
+    assert rest == [plain[:-1] for plain in plain_stream(512)][step:10]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_world_size_validates_on_the_same_sequences(shards, world_size):
+    read = [list(val_sequences(shards, 512, 6, rank, world_size, CPU)) for rank in range(world_size)]
+    assert [len(sequences) for sequences in read] == world_size * [6 // world_size]
+    found = {number: (inputs.tolist(), targets.tolist()) for number, inputs, targets in sum(read, [])}
+    assert [found[number] for number in range(6)] == [(plain[:-1], plain[1:]) for plain in plain_stream(512)][:6]
+
+
+def test_prefetching_starts_at_once_and_stays_within_its_depth_and_raises_errors_in_place():
+    reached = [threading.Event() for _ in range(100)]
+    ahead = prefetch((event.set() or i for i, event in enumerate(reached)), depth=2)
+    assert reached[1].wait(60) and not reached[2].wait(0.1) and list(ahead) == list(range(100))
+    ahead = prefetch(1 // n for n in (1, -1, 0))
+    assert [next(ahead), next(ahead)] == [1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+
+
+@pytest.mark.slow
+def test_an_abandoned_prefetch_does_not_keep_the_process():
+    code = "from data.loader import prefetch; import itertools; print(next(prefetch(itertools.count(5), depth=2)))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, timeout=60) == b"5\n"
+
+
+@pytest.mark.parametrize("num_iterations, step_tokens, count", [
+    (5890, 524_288, 31), (5891, 524_288, 32), (100, 2 * 524_288, 2), (2, 99_999_998, 2), (1, 99_999_999, None),
+    (19_570, 524_288, 103), (19_571, 524_288, None)])
+def test_the_number_of_shards_that_a_config_needs(num_iterations, step_tokens, count):
+    """A shard holds 190 steps of 524,288 tokens; a batch needs two spare tokens; there are 103 shards."""
+    assert num_shards_needed(num_iterations, step_tokens) == count
+    fewer, enough = (num_batches(n * [10**8], step_tokens) for n in ((count or 104) - 1, count or 103))
+    assert fewer < num_iterations and (num_iterations <= enough) == (count is not None)
+
+
+@pytest.mark.parametrize("length, first, bytes_read", [(10**6, 999_999, 2 * 10**6), (25_000_000, 24_990_000, 2**21)])
+def test_a_token_id_outside_the_vocabulary_is_found(tmp_path, monkeypatch, length, first, bytes_read):
+    """A single one in a small shard; in a large one, of which 2 MiB are read, one near the end."""
+    write_shard(tmp_path / "b.bin", np.uint16(300) * (np.arange(length, dtype=np.int32) == first))
+    read, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, start: read.append(size) or pread(file, size, start))
+    with pytest.raises(ValueError, match="b.bin: holds token id 300, but vocab_size is 256; use data") as raised:
+        check_stream(f"{tmp_path}/*.bin", 256, 100, 1, "a test", None)
+    assert sum(read) == bytes_read and not isinstance(raised.value, MissingShardsError)
+
+
+_, TWO, THREE, _ = NAMES = [*(f"fineweb_train_00000{number}.bin" for number in (1, 2, 3)), "fineweb_val_000000.bin"]
+TRAIN, VAL = "fineweb_train_*.bin", "fineweb_val_*.bin"
+# The tokens in each of these files, 0 for none; a complete shard has 1,600. 1,590 are 15 batches, too.
+NONE, GAP, SHORT, WHOLE, CUT = 4 * [0], [1_590, 0, 1_590, 1_590], 4 * [1_590], 4 * [1_600], [1_590, 1_590, -1_590, 0]
+
+
+@pytest.mark.parametrize("tokens, pattern, needed, shards, fault, number", [
+    (NONE, TRAIN, 1, 32, "no file matches", 32),
+    (NONE, VAL, 1, 32, "no file matches", 32),
+    (NONE, VAL, 1, 0, "no file matches", 0),  # the training data is elsewhere
+    (GAP, TRAIN, 15, 1, "", None),  # the run does not read beyond the gap
+    (GAP, TRAIN, 16, 1, f"{TWO} is missing though later shards are there", 2),  # by count, one is enough
+    (GAP, "fineweb_train_00000[13].bin", 30, 1, "", None),  # the pattern omits it on purpose
+    (SHORT, TRAIN, 46, 1, "too few tokens", 1),  # by count, one is enough: they are damaged
+    (SHORT, TRAIN, 46, 4, r"few tokens: a test needs 4,600 \(46 x 100\) .* has 4,770 \(shards: 3\), good for 45;", 4),
+    (SHORT, TRAIN, 46, None, "too few tokens", None),  # even all are too few
+    (SHORT, VAL, 16, 3, "too few tokens", None),  # there is one validation shard
+    (SHORT, "elsewhere/*.bin", 1, 1, "no file matches", None),
+    (WHOLE, "fineweb_train_00000[12].bin", 31, 3, "too few tokens", None),  # nothing to fetch for a narrow pattern
+    (CUT, TRAIN, 1, 1, f"{THREE}: wrong length", 3)])  # damaged, though the run does not need it
+def test_a_faulty_stream_and_the_command_for_it(tmp_path, monkeypatch, tokens, pattern, needed, shards, fault, number):
+    """In a folder that stands for FineWeb's."""
+    monkeypatch.setattr(loader, "FINEWEB_FOLDER", tmp_path)
+    monkeypatch.setattr(loader, "SHARD_TOKENS", 1_600)
+    for path, count in ((tmp_path / name, count) for name, count in zip(NAMES, tokens) if count):
+        write_shard(path, np.zeros(abs(count)))
+        os.truncate(path, 2_000 if count < 0 else path.stat().st_size)
+    with pytest.raises(ValueError, match=fault) if fault else nullcontext() as raised:
+        check_stream(f"{tmp_path}/{pattern}", 100, 100, needed, "a test", shards)
+    command = [] if number is None else ["data/cached_fineweb10B.py", str(number)]
+    assert not fault or getattr(raised.value, "command", []) == command
+    assert not fault or str(raised.value).partition(": python ")[2] == " ".join(command)
+    assert tokens != CUT or raised.value.path == str(tmp_path / THREE)
+
+
+def test_local_text_is_made_only_where_there_is_none(tmp_path, monkeypatch):
+    """A damaged shard may hold the user's own text. The command survives the way between ranks."""
+    monkeypatch.setattr(loader, "LOCAL_TEXT_FOLDER", tmp_path)
+    for command in (["data/local_text.py"], []):
+        with pytest.raises(MissingShardsError) as raised:
+            check_stream(f"{tmp_path}/local_train_*.bin", 257, 100, 1, "a test", None)
+        assert pickle.loads(pickle.dumps(raised.value)).command == command
+        (tmp_path / "local_train_000000.bin").touch()

@@ -1,0 +1,182 @@
+"""Test every user mistake against the program itself: `--check` prints one line with place, fault and fix; status 2."""
+
+import json
+
+import pytest
+import torch
+from golden import golden_weights
+from helpers import ROOT
+
+import train_gpt_medium as train
+from configs.checks import draw_map
+
+BASELINE = [[0, 13], [1, 14], [2, 15]]
+# {data}, {folder}: of the test's shards and config; a mistake in the config's keys, or in the words after the config.
+KEYS = [
+    (dict(num_iteration=5), "small.toml: num_iteration: unknown key; did you mean num_iterations?"),
+    (dict(num_iterations="many"), 'small.toml: num_iterations: expected an integer, found "many"'),
+    (dict(num_iterations=True), "num_iterations: expected an integer, found true"),
+    (dict(cooldown_frac="0.5"), 'cooldown_frac: expected a number, found "0.5"'),
+    (dict(save_checkpoint=1), "save_checkpoint: expected true or false, found 1"),
+    (dict(train_files=3), "train_files: expected a string, found 3"),
+    (dict(log_dir=""), "log_dir: is empty"),
+    (dict(num_iterations=0), "num_iterations: 0 is too small; use at least 1"),
+    (dict(vocab_size=70000), "vocab_size: 70000 is too large; use at most 65536"),
+    (dict(train_seq_len=1000), "train_seq_len: 1000 is not a multiple of 128; use 1024"),
+    (dict(value_embeddings="0"), "value_embeddings: expected a list"),
+    (dict(value_embeddings=[0, 13]), "a list of layers, not of tables; for one table write [[0, 13]]"),
+    (dict(value_embeddings=[[1], 0]), "value_embeddings: table 1 is 0; list the layers that use it"),
+    (dict(value_embeddings=[[0], []]), "table 1 is []; list the layers"),
+    (dict(value_embeddings=[["a"]]), 'table 0: layer "a" does not exist; use integers from 0 to 15'),
+    (dict(value_embeddings=[[True]]), "table 0: layer true does not exist"),
+    (dict(value_embeddings=[[16]]), "table 0: layer 16 does not exist"),
+    (dict(value_embeddings=[[0], [7]]), "table 1: layer 7 has no attention; remove it"),
+    (dict(value_embeddings=[[3, 3]]), "table 0: layer 3 is listed twice; remove one"),
+    (dict(model_dim=256), "model_dim: 256 is not 128 * num_heads; use 128 with num_heads 1"),
+    (dict(val_tokens=1000), "val_tokens: 1000 is not divisible by val_seq_len 256; use 1024"),
+    (dict(scale="tinny"), "small.toml: scale: "),
+    (dict(init_from="nowhere.pt"), "small.toml: init_from: nowhere.pt: no such file"),
+    (dict(train_files="nowhere/*.bin"), "small.toml: train_files: no file matches nowhere/*.bin"),
+    (dict(val_files="nowhere/*.bin"), "small.toml: val_files: no file matches nowhere/*.bin"),
+    (dict(num_iterations=118), "train_files: too few tokens: num_iterations = 118 needs 60,416"),
+    (dict(val_tokens=10240), "val_files: too few tokens: val_tokens = 10240"),
+    (dict(vocab_size=200), "s_train_000001.bin: holds token id"),
+    (dict(val_files="{folder}/damaged.bin"), "val_files: {folder}/damaged.bin: wrong length"),
+    (dict(log_dir="{folder}/small.toml"), "small.toml: log_dir: cannot write logs below {folder}/small.toml"),
+    (dict(log_dir="{folder}/link"), "log_dir: cannot write logs below {folder}/link"),
+]
+WORDS = [
+    (["--num_iterations", "x"], '--num_iterations: expected an integer, found "x"'),
+    (["--num_iterations", "1\nseed = 3"], "--num_iterations: expected an integer"),
+    (["--cooldown_frac", "nan"], "--cooldown_frac: nan is too small"),
+    (["--value_embedding_std", "inf"], "--value_embedding_std: inf is too large"),
+    (["--save_checkpoint", "True"], '--save_checkpoint: expected true or false, found "True"'),
+    (["--value_embeddings", "[[0,"], "--value_embeddings: expected a list, found \"[[0,\"; quote the list"),
+    (["--value_embeddings", "[[0,", "13]]"], "unexpected argument 13]]"),
+    (["--num_iteration", "5"], "--num_iteration: unknown key; did you mean --num_iterations?"),
+    (["--num_iterations"], "expected one argument"),
+    (["--scale", "tinny"], "configs/scales/tinny.toml: no such file; did you mean configs/scales/tiny.toml?"),
+    (["other.toml"], "unexpected argument other.toml"),
+    (["--train_files", "\udce9*.bin"], "train_files: no file matches \\udce9*.bin"),
+]
+
+
+@pytest.fixture
+def check(run_main, capsys):
+    """Run `--check`; return the exit status, the lines on standard error, and standard output."""
+
+    def run(*arguments):
+        status = run_main(*arguments, "--check")
+        captured = capsys.readouterr()
+        return status, captured.err.splitlines(), captured.out
+
+    return run
+
+
+def assert_one_line(result, fragment):
+    status, errors, _ = result
+    assert (status, len(errors)) == (2, 1), errors
+    assert errors[0].startswith("train_gpt_medium.py: ") and fragment in errors[0]
+
+
+@pytest.mark.parametrize("keys, words, line", [
+    *((keys, [], line) for keys, line in KEYS), *(({}, words, line) for words, line in WORDS)])
+def test_a_mistake_is_one_line(check, small_config, small_data, tmp_path, keys, words, line):
+    (tmp_path / "damaged.bin").write_bytes((small_data / "s_val_000000.bin").read_bytes()[:-2])
+    (tmp_path / "link").symlink_to("/nowhere")  # as where a volume is not mounted
+    keys = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in keys.items()}
+    assert_one_line(check(small_config(**keys), *words), line.format(folder=tmp_path))
+
+
+def test_a_missing_config_has_a_suggestion(check):
+    assert_one_line(check("configs/basline.toml"), "configs/basline.toml: no such file; did you mean "
+                    "configs/baseline.toml?")
+
+
+def test_a_good_config_passes_with_map_and_counts_and_leaves_no_trace(check, small_config, tmp_path):
+    """3 shards of 20,000 hold 39 batches of 512 each, as 38 * 512 + 512 + 1 < 20,000."""
+    status, errors, output = check(small_config(num_iterations=3 * 39, val_tokens=39 * 256))
+    assert (status, errors) == (0, [])
+    assert draw_map(BASELINE) in output
+    assert "98,304  value_embeds.*.weight" in output and "device: 1 rank, CPU" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["small.toml"]
+
+
+def test_the_map_is_drawn_also_while_data_is_missing(check, small_config):
+    status, _, output = check(small_config(train_files="nowhere/*.bin", value_embeddings=[[3], [4, 15]]))
+    assert status == 2 and draw_map([[3], [4, 15]]) in output
+
+
+def test_a_parameter_without_an_optimizer_is_named(check, small_config, monkeypatch):
+    monkeypatch.setattr(train.CausalSelfAttention, "__init__", init_with_extra_parameter)
+    assert_one_line(check(small_config()), "parameter blocks.0.attn.extra_w is in 0 groups of make_optimizers")
+
+
+def init_with_extra_parameter(self, *args, original=train.CausalSelfAttention.__init__, **options):
+    original(self, *args, **options)
+    self.extra_w = torch.nn.Parameter(torch.zeros(2, 2))
+
+
+def test_weights_of_another_map_are_refused_with_what_differs(check, small_config, tmp_path):
+    path = tmp_path / "init.pt"
+    torch.save({"model": golden_weights(BASELINE, 128, 256)}, path)
+    assert check(small_config(init_from=str(path)))[0] == 0
+    assert_one_line(check(small_config(init_from=str(path), value_embedding_gate=True)),
+                    f"small.toml: init_from: {path}: parameter blocks.0.attn.ve_gate_w is missing (6 in all)")
+
+
+def fineweb_elsewhere(folder, monkeypatch):
+    monkeypatch.setattr("data.cached_fineweb10B.FINEWEB_FOLDER", folder)
+    monkeypatch.setattr("data.loader.FINEWEB_FOLDER", folder)
+    return ["--train_files", f"{folder}/fineweb_train_*.bin", "--val_files", f"{folder}/fineweb_val_*.bin"]
+
+
+def test_a_missing_shard_of_fineweb_names_the_command_that_fetches_it(check, tmp_path, monkeypatch):
+    files = fineweb_elsewhere(tmp_path, monkeypatch)
+    assert_one_line(check(ROOT / "configs/record.toml", *files), "python data/cached_fineweb10B.py 31")
+
+
+def test_json_describes_configs_for_the_queue_with_the_command_for_missing_data(
+        run_main, capsys, small_config, tmp_path, monkeypatch):
+    config, files = small_config(), fineweb_elsewhere(tmp_path, monkeypatch)
+    assert run_main(config, "--check", "--json") == 0
+    found, = json.loads(capsys.readouterr().out)
+    assert (found["config"], found["files"], found["log_folder"]) == (str(config), [str(config)],
+                                                                      str(tmp_path / "logs/small"))
+    assert (found["world_sizes"], found["device_kind"], found["fetch"]) == ([1, 2, 4], "CPU cores", [])
+    assert found["configuration"]["model_dim"] == 128 and draw_map(BASELINE) in found["drawing"]
+    assert run_main(ROOT / "configs/record.toml", config, "--check", "--json", *files) == 0
+    assert [one["fetch"] for one in json.loads(capsys.readouterr().out)] == [
+        ["data/cached_fineweb10B.py", "31"], ["data/cached_fineweb10B.py", "1"]]
+
+
+@pytest.mark.parametrize("world_size, keys, complaint", [
+    (3, {}, "sequences_per_step: 4 sequences cannot be divided among 3 ranks; start 1 or 2 or 4 ranks"),
+    (4, dict(val_tokens=1024), "val_tokens: 2 sequences cannot be divided among 4 ranks; start 1 or 2 ranks"),
+])
+def test_a_world_size_that_does_not_divide_the_work(world_size, keys, complaint):
+    hp = train.Hyperparameters(**dict(sequences_per_step=4, val_tokens=4096, val_seq_len=512) | keys)
+    with pytest.raises(ValueError, match=complaint):
+        train.check_keys_together(hp, world_size)
+
+
+def test_torchrun_restarts_only_a_numbered_run(monkeypatch):
+    """Without a number, the restarted ranks would take the next free one and start over."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    train.check_keys_together(train.Hyperparameters(run_id=0), 1)
+    with pytest.raises(ValueError, match="run_id: torchrun can restart only a numbered run; give --run_id"):
+        train.check_keys_together(train.Hyperparameters(run_id=None), 1)
+
+
+@pytest.mark.parametrize("tables, lines", [
+    (BASELINE, ["value embeddings: 3 tables", "  layer  0  o      table 0", "  layer  1  | o    table 1",
+                "  layer  2  | | o  table 2", *(f"  layer {layer:2d}  | | |{'  no attention' * (layer == 7)}"
+                                                for layer in range(3, 13)),
+                "  layer 13  o | |  table 0", "  layer 14    o |  table 1", "  layer 15      o  table 2"]),
+    ([[0, 2], [0, 1]], ["value embeddings: 2 tables", "  layer  0  o o  tables 0, 1", "  layer  1  | o  table 1",
+                        "  layer  2  o    table 0"]),
+    ([], ["value embeddings: 0 tables", "  layer  0", "  layer  1"]),
+])
+def test_the_drawing_of_a_map(tables, lines):
+    drawn = draw_map(tables).splitlines()
+    assert drawn[: len(lines)] == lines and len(drawn) == 17
