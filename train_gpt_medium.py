@@ -35,15 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from configs.checks import (
-    NO_ATTENTION_LAYER,
-    NUM_LAYERS,
-    check_streams,
-    check_value_embeddings,
-    check_world_size,
-    draw_map,
-    valid_world_sizes,
-)
+from configs import checks
+from configs.checks import NO_ATTENTION_LAYER, NUM_LAYERS, num_source_heads, read_entry
 from configs.config import check_log_dir, error_context, expand_path, key, load, parse_command_line, scale_path
 from data.loader import to_inputs_and_targets, train_batches, val_sequences
 from data.shards import MissingShardsError, open_shards
@@ -74,31 +67,35 @@ LOSS_CHUNK_TOKENS = 64 * 1024  # logits of 65,536 tokens take 13 GB in fp32, so 
 # Configuration
 
 
+def check_map(entries: list) -> list:
+    return checks.check_entries(entries, {kind: source.has_rows for kind, source in SOURCES.items()})
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """The keys of a config file. The defaults are the published baseline."""
     description: str = key("", "the question that the experiment asks")
     scale: str = key("", "size and data: a name in configs/scales, or a .toml file; its keys override the config's")
     value_embeddings: list = key(
-        [[0, 13], [1, 14], [2, 15]], "a list of layers for each table", check=check_value_embeddings)
-    value_embedding_gate: bool = key(False, "give each layer with tables a gate per head on their sum")
-    value_embedding_std: float = key(1.0, "standard deviation of the tables' initial values", min=0, max=1000)
+        [[0, 13], [1, 14], [2, 15]], "the layers of each source of values, as [0, 13] for a table of tokens, or "
+        '{layers = [0, 13], source = "token" | "bigram" | "embedding", rows = R, heads = H}', check=check_map)
+    value_embeddings_only: list = key([], "layers that use only their sources' values", check=checks.check_layers)
+    value_embedding_gate: bool = key(False, "give each layer with sources a gate per head on their sum")
+    value_embedding_std: float = key(1.0, "standard deviation of the token tables' initial values", min=0, max=1000)
     value_embedding_lr: float = key(0.3, "learning rate of the tables", min=0, max=1000)
-    # data
+    value_embedding_weight_decay: float = key(0.0, "AdamW's weight decay of the tables", min=0, max=1000)
+    value_embedding_betas: list = key(list(ADAMW_BETAS), "AdamW's betas of the tables", check=checks.check_betas)
     train_files: str = key("data/fineweb10B/fineweb_train_*.bin", "training shards", check=expand_path, scale=True)
     val_files: str = key("data/fineweb10B/fineweb_val_*.bin", "validation shards", check=expand_path, scale=True)
     val_tokens: int = key(10_485_760, "tokens per validation", min=1, scale=True)
     train_seq_len: int = key(64 * 1024, "tokens per training sequence", min=1, multiple_of=BLOCK_SIZE, scale=True)
     val_seq_len: int = key(256 * 1024, "tokens per validation sequence", min=1, multiple_of=BLOCK_SIZE, scale=True)
     sequences_per_step: int = key(8, "training sequences per step, over all ranks", min=1, scale=True)
-    # optimization
     num_iterations: int = key(5960, "training steps", min=1, scale=True)
     cooldown_frac: float = key(0.7, "fraction of the steps over which learning rates fall to 0", min=0, max=1)
-    # architecture
     vocab_size: int = key(50257, "token ids; the last one is the end-of-text token", min=2, max=2**16, scale=True)
     num_heads: int = key(8, "attention heads", min=1, max=256, scale=True)
     model_dim: int = key(1024, f"width, {HEAD_DIM} * num_heads", min=1, scale=True)
-    # evaluation, compilation and bookkeeping
     val_loss_every: int = key(125, "steps between validations; 0: only at the end", min=0, scale=True)
     warmup_steps: int = key(10, "untimed steps that compile every kernel and are then undone", min=0, scale=True)
     coordinate_descent_tuning: bool = key(True, "let the compiler search longer for faster kernels (CUDA only)")
@@ -117,13 +114,9 @@ class Hyperparameters:
 
 def check_keys_together(hp: Hyperparameters, world_size: int) -> None:
     """Raises ValueError if keys contradict each other or the number of ranks."""
-    if hp.model_dim != HEAD_DIM * hp.num_heads:
-        raise ValueError(f"model_dim: {hp.model_dim} is not {HEAD_DIM} * num_heads; "
-                         f"use {HEAD_DIM * hp.num_heads} with num_heads {hp.num_heads}")
-    if hp.val_tokens % hp.val_seq_len:
-        raise ValueError(f"val_tokens: {hp.val_tokens} is not divisible by val_seq_len {hp.val_seq_len}; "
-                         f"use {-(-hp.val_tokens // hp.val_seq_len) * hp.val_seq_len}")
-    check_world_size(world_size, hp.sequences_per_step, hp.num_val_sequences)
+    checks.check_sources(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, bool(hp.scale))
+    checks.check_sizes(hp.model_dim, HEAD_DIM * hp.num_heads, hp.val_tokens, hp.val_seq_len)
+    checks.check_world_size(world_size, hp.sequences_per_step, hp.num_val_sequences)
     if hp.run_id is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ValueError("run_id: torchrun can restart only a numbered run; give --run_id or --max-restarts=0")
 
@@ -246,11 +239,12 @@ class Share(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # None for a copy that nothing reads
         return tuple(x.view_as(x) for _ in range(count))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return Share.sum_gradients(*grads), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        return Share.sum_gradients(*(grad for grad in grads if grad is not None)), None
 
 
 class ReluSquared(torch.autograd.Function):
@@ -286,25 +280,74 @@ class Rotary(nn.Module):
         return rotated.flatten(-2).type_as(x)
 
 
-class CausalSelfAttention(nn.Module):
-    def __init__(self, model_dim: int, num_heads: int, is_gated: bool):
+# Sources of values, each called once per sequence with tokens (T,) and x0 = norm(embed(tokens)) (T, d). They return
+# (T, 128 * heads), the values of the first heads. To add a kind, write a class and name it in SOURCES.
+
+
+class TokenTable(nn.Embedding):
+    """Read a row for each token; weight (V, 128 * heads)."""
+    letter, has_rows = "o", False  # in the drawing of the map; whether an entry of the map may set `rows`
+
+    def __init__(self, hp: Hyperparameters, heads: int, rows: int):
+        super().__init__(hp.vocab_size, HEAD_DIM * heads)
+        self.weight.data.mul_(hp.value_embedding_std)
+
+    def forward(self, tokens: Tensor, x0: Tensor) -> Tensor:
+        return super().forward(tokens)
+
+
+class BigramTable(nn.Embedding):
+    """Read a row for each hashed pair of tokens (modded-nanogpt's pull request 201); weight (rows, 128 * heads)."""
+    letter, has_rows = "b", True
+
+    def __init__(self, hp: Hyperparameters, heads: int, rows: int):
+        super().__init__(rows, HEAD_DIM * heads, _weight=torch.zeros(rows, HEAD_DIM * heads))
+        self.eot_id = hp.vocab_size - 1
+
+    def forward(self, tokens: Tensor, x0: Tensor) -> Tensor:
+        token, previous, last = tokens[1:].long(), tokens[:-1].long(), len(self.weight) - 1
+        rows = ((36313 * token) ^ (27191 * previous)) % last
+        rows = rows.masked_fill(token == self.eot_id, last)  # no pair crosses documents
+        return super().forward(F.pad(rows, (1, 0), value=last))
+
+
+class EmbeddingMap(nn.Module):
+    """Map x0 to values, normed per head (value residual learning, https://arxiv.org/abs/2410.17897)."""
+    letter, has_rows = "e", False
+
+    def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__()
-        self.num_heads = num_heads
+        self.proj_w = nn.Parameter(torch.empty(HEAD_DIM * heads, hp.model_dim))  # (128 * heads, d)
+        init_(self.proj_w)
+
+    def forward(self, tokens: Tensor, x0: Tensor) -> Tensor:
+        return norm(F.linear(x0, self.proj_w).unflatten(-1, (-1, HEAD_DIM))).flatten(-2)
+
+
+SOURCES = {"token": TokenTable, "bigram": BigramTable, "embedding": EmbeddingMap}
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, model_dim: int, num_heads: int, is_gated: bool, has_own_values: bool = True):
+        super().__init__()
+        self.num_heads, self.has_own_values = num_heads, has_own_values
         self.qkvo_w = nn.Parameter(torch.zeros(4, model_dim, model_dim))  # query, key, value, output: (4, d, d)
         init_(self.qkvo_w[:3])
         self.ve_gate_w = nn.Parameter(torch.zeros(num_heads, GATE_DIM)) if is_gated else None  # (heads, 16)
 
     def forward(self, x: Tensor, ve: list[Tensor], sa_lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
-        """Map x (T, d) to (T, d). `ve`: a value embedding (T, d) per table; `sa_lambdas`: of v, then of each table."""
+        """Map x (T, d) to (T, d). `ve`: values (T, 128 * heads) per source; `sa_lambdas`: of v, then of each source."""
         qkv = F.linear(x, self.qkvo_w[:3].flatten(end_dim=1)).view(1, len(x), 3, self.num_heads, HEAD_DIM)
         q, k, v = qkv.unbind(dim=2)  # (1, T, heads, head_dim) each
         q, k = rotary(norm(q)), rotary(norm(k))
         # Lambdas expand to (1, T, heads, 1), so that one kernel sums their gradients with the norm's. They make v fp32
         # until the cast below: it is rounded to bf16 once instead of several times.
         v_lambda, *ve_lambdas = sa_lambdas.expand(*v.shape[:-1], 1, -1).unbind(-1)
-        v = v_lambda * norm(v)
+        values = [v_lambda * norm(v)] if self.has_own_values else []
         if ve:
-            v = v + self.value_embedding(x, [w * table.view_as(v) for w, table in zip(ve_lambdas, ve)])
+            ve = [F.pad(s, (0, x.size(1) - s.size(1))) if s.shape != x.shape else s for s in ve]  # 0 for later heads
+            values.append(self.value_embedding(x, [w * source.view_as(v) for w, source in zip(ve_lambdas, ve)]))
+        v = sum_tensors(*values)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.type_as(q).transpose(1, 2), mask)
         return F.linear(y.transpose(1, 2).reshape(x.shape), self.qkvo_w[3])
 
@@ -328,10 +371,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, layer: int, model_dim: int, num_heads: int, is_gated: bool):
+    def __init__(self, layer: int, model_dim: int, num_heads: int, is_gated: bool, has_own_values: bool):
         super().__init__()
-        has_attention = layer != NO_ATTENTION_LAYER
-        self.attn = CausalSelfAttention(model_dim, num_heads, is_gated) if has_attention else None
+        attn = model_dim, num_heads, is_gated, has_own_values
+        self.attn = CausalSelfAttention(*attn) if layer != NO_ATTENTION_LAYER else None
         self.mlp = MLP(model_dim)
 
     def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, ve: list[Tensor], skip_weight: Tensor | None,
@@ -348,31 +391,34 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The 16-layer model; parameter names and shapes are those of a published checkpoint. Initial values:
 
-    embed N(0, 1), value_embeds N(0, value_embedding_std**2); q, k, v and mlp.fc_w uniform with standard deviation
-    0.5 * d**-0.5; output projections, head and gates 0 (a gate is then 1). In `scalars`: skip weights 1, block lambdas
-    (1, 0), attention lambdas (0.5, 0.5), and 0.5 for each further table of a layer, layer by layer.
+    embed N(0, 1), token tables N(0, value_embedding_std**2); q, k, v, mlp.fc_w and embedding maps uniform with standard
+    deviation 0.5 * d**-0.5; bigram tables, output projections, head and gates 0 (a gate is then 1). In `scalars`: skip
+    weights 1, block lambdas (1, 0), attention lambdas (0.5, 0.5), and 0.5 for each further source, layer by layer.
     """
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.eot_id = hp.vocab_size - 1
-        self.tables_by_layer = [[k for k, table in enumerate(hp.value_embeddings) if layer in table]
-                                for layer in range(NUM_LAYERS)]
-        self.num_extra_lambdas = [max(0, len(tables) - 1) for tables in self.tables_by_layer]
+        sources = [read_entry(entry) for entry in hp.value_embeddings]
+        padded_vocab_size = -(-hp.vocab_size // 128) * 128
+        self.sources_by_layer = [[k for k, source in enumerate(sources) if layer in source.layers]
+                                 for layer in range(NUM_LAYERS)]
+        self.num_extra_lambdas = [max(0, len(used) - 1) for used in self.sources_by_layer]
         self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)  # (V, d)
-        self.value_embeds = nn.ModuleList(nn.Embedding(hp.vocab_size, hp.model_dim) for _ in hp.value_embeddings)
-        for table in self.value_embeds:  # (V, d) each
-            table.weight.data.mul_(hp.value_embedding_std)
+        self.value_embeds = nn.ModuleList(
+            SOURCES[source.source](hp, num_source_heads(source, hp.num_heads, bool(hp.scale)),
+                                   source.rows or 5 * padded_vocab_size) for source in sources)
         self.blocks = nn.ModuleList(
-            Block(layer, hp.model_dim, hp.num_heads, is_gated=hp.value_embedding_gate and bool(tables))
-            for layer, tables in enumerate(self.tables_by_layer))
+            Block(layer, hp.model_dim, hp.num_heads, is_gated=hp.value_embedding_gate and bool(used),
+                  has_own_values=layer not in hp.value_embeddings_only)
+            for layer, used in enumerate(self.sources_by_layer))
         self.attention_masks = attention_masks  # an attribute, so that compile_parts can replace it
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
-        self.lm_head_w = nn.Parameter(torch.zeros(-(-hp.vocab_size // 128) * 128, hp.model_dim))  # (padded V, d)
+        self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
         self.scalars = nn.Parameter(torch.cat([
             torch.ones(NUM_LAYERS),  # skip weights (L,), by the layer whose output is added
             torch.tensor([1.0, 0.0]).repeat(NUM_LAYERS),  # block lambdas (L, 2)
-            torch.tensor([0.5, 0.5]).repeat(NUM_LAYERS),  # attention lambdas (L, 2): of v and of the first table
+            torch.tensor([0.5, 0.5]).repeat(NUM_LAYERS),  # attention lambdas (L, 2): of v and of the first source
             torch.full((sum(self.num_extra_lambdas),), 0.5)]))
 
     def use_bf16(self) -> None:
@@ -389,13 +435,13 @@ class GPT(nn.Module):
         sa_lambdas = [torch.cat([pair, more]) if len(more) else pair
                       for pair, more in zip(sa_lambdas.view(L, 2).unbind(), extra)]
         long_mask, short_mask = self.attention_masks(tokens, self.eot_id, window)
-        # Value embeddings enter here: each table is read once, and every layer that uses it gets the same rows.
-        ve = [table(tokens) for table in self.value_embeds]  # (T, d) each
-        x, *x0 = Share.apply(norm(self.embed(tokens)), L + 1)
+        x, *x0 = Share.apply(norm(self.embed(tokens)), 1 + L + len(self.value_embeds))
+        # Value embeddings enter here: each source is read once, and every layer that uses it gets the same values.
+        ve = [source(tokens, x0_copy) for source, x0_copy in zip(self.value_embeds, x0[L:])]  # (T, 128 * heads) each
         skips: dict[int, Tensor] = {}  # outputs that a later layer adds; keeping all would fill a validation's memory
         for i, block in enumerate(self.blocks):
             skip, skip_weight = (skips[SKIPS[i]], skip_weights[SKIPS[i]]) if i in SKIPS else (None, None)
-            x = block(x, x0[i], skip, [ve[k] for k in self.tables_by_layer[i]], skip_weight, block_lambdas[i],
+            x = block(x, x0[i], skip, [ve[k] for k in self.sources_by_layer[i]], skip_weight, block_lambdas[i],
                       sa_lambdas[i], long_mask if i in LONG_WINDOW_LAYERS else short_mask, self.rotary)
             if i in SKIPS.values():
                 skips[i] = x
@@ -510,10 +556,11 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int) -> tuple[torch.optim.AdamW, Muon]:
     """Return AdamW, replicated, and Muon, sharded. Raises ValueError unless each parameter is in exactly one group."""
     adamw = {"lm_head_w": dict(lr=1 / 320), "embed.weight": dict(lr=0.3),
-             "value_embeds.*.weight": dict(lr=hp.value_embedding_lr),
+             "value_embeds.*.weight": dict(lr=hp.value_embedding_lr, betas=tuple(hp.value_embedding_betas),
+                                           weight_decay=hp.value_embedding_weight_decay),
              "blocks.*.attn.ve_gate_w": dict(lr=0.008), "scalars": dict(lr=0.015)}
     muon = {"blocks.*.attn.qkvo_w": dict(weight_decay=0.01), "blocks.*.mlp.fc_w": dict(weight_decay=0.02),
-            "blocks.*.mlp.proj_w": dict(weight_decay=0.02)}
+            "blocks.*.mlp.proj_w": dict(weight_decay=0.02), "value_embeds.*.proj_w": dict(weight_decay=0.01)}
     groups = {pattern: dict(options, name=pattern, params=[]) for pattern, options in (adamw | muon).items()}
     for name, p in model.named_parameters():
         matching = [pattern for pattern in groups if fnmatchcase(name, pattern)]
@@ -521,7 +568,8 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int)
             raise ValueError(f"parameter {name} is in {len(matching)} groups of make_optimizers; name it in one")
         groups[matching[0]]["params"].append(p)
     adamw_groups = [groups[name] for name in adamw]
-    muon_groups = [groups[name] for name in muon if groups[name]["params"]]
+    muon_groups = [groups[name] | dict(params=[p for p in groups[name]["params"] if p.shape == shape])
+                   for name in muon for shape in dict.fromkeys(p.shape for p in groups[name]["params"])]
     for group, lr in [*((group, group["lr"]) for group in adamw_groups), *((group, MUON_LR) for group in muon_groups)]:
         group["initial_lr"] = lr
     return (torch.optim.AdamW(adamw_groups, betas=ADAMW_BETAS, eps=ADAMW_EPS, weight_decay=0.0, fused=True),
@@ -735,14 +783,14 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
             with error_context("init_from"):
                 checkpoint.read_weights(hp.init_from, model)
         groups = [group for optimizer in make_optimizers(model, hp, 0, 1) for group in optimizer.param_groups]
-    counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups if group["params"]}
-    return "\n".join([draw_map(hp.value_embeddings), f"parameters: {sum(counts.values()):,}",
-                      *(f"{n:>15,}  {name}" for name, n in counts.items())])
+    letters = {kind: source.letter for kind, source in SOURCES.items()}
+    drawing = checks.draw_map(hp.value_embeddings, hp.value_embeddings_only, letters, hp.num_heads, bool(hp.scale))
+    return f"{drawing}\n{checks.count_parameters(groups)}"
 
 
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
     """Check the shards and the finished runs in the log folder; return a new run's identity. Raises as they do."""
-    data = check_streams(config, hp.vocab_size, hp.train_files, hp.sequences_per_step * hp.train_seq_len,
+    data = checks.check_streams(config, hp.vocab_size, hp.train_files, hp.sequences_per_step * hp.train_seq_len,
                          hp.num_iterations, hp.val_files, hp.val_seq_len, hp.num_val_sequences)
     identity = asdict(hp) | data | {"device": device_type, "code": program_text()}
     with error_context(str(config)):
@@ -763,7 +811,7 @@ def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
     log_folder = run_log.log_path(hp.log_dir, hp.scale, config, 0).parent
     files = [str(config), *([str(scale_path(hp.scale))] if hp.scale else [])]
     return dict(config=str(config), files=files, log_folder=str(log_folder), configuration=asdict(hp), drawing=drawing,
-                world_sizes=valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences), devices=devices,
+                world_sizes=checks.valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences), devices=devices,
                 device_kind=device_kind, fetch=fetch)
 
 

@@ -1,8 +1,13 @@
-"""Check more than single keys: the map of value embeddings, the number of ranks, the data. Draw the map."""
+"""Check more than single keys: the map of value embeddings, the number of ranks, the data. Draw the map.
+
+An entry of the map is a list of layers, which stands for a table with a row per token, or an inline table:
+{layers = [1, 2], source = "bigram", rows = 251520, heads = 8}. Only `layers` is required.
+"""
 
 import json
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from configs.config import error_context
 from data.cached_fineweb10B import num_shards_needed
@@ -11,37 +16,132 @@ from data.shards import fingerprint, open_shards
 
 NUM_LAYERS = 16
 NO_ATTENTION_LAYER = 7  # it has no values to which a value embedding could be added
+PUBLISHED_HEADS = 8
 
 
-def check_value_embeddings(tables: list) -> list[list[int]]:
-    """Return the map, a list of layers for each table. Raises ValueError for an impossible table or layer."""
-    if tables and all(isinstance(table, int) for table in tables):
-        raise ValueError(f"{tables} is a list of layers, not of tables; for one table write [{tables}]")
-    for k, table in enumerate(tables):
-        if not isinstance(table, list) or not table:
-            shown = json.dumps(table, default=str)
-            raise ValueError(f"table {k} is {shown}; list the layers that use it, for example [0, 13]")
-        for layer in table:
-            if type(layer) is not int or not 0 <= layer < NUM_LAYERS:
-                shown = json.dumps(layer, default=str)
-                raise ValueError(f"table {k}: layer {shown} does not exist; use integers from 0 to {NUM_LAYERS - 1}")
-            if layer == NO_ATTENTION_LAYER:
-                raise ValueError(f"table {k}: layer {layer} has no attention; remove it from the table")
-            if table.count(layer) > 1:
-                raise ValueError(f"table {k}: layer {layer} is listed twice; remove one")
-    return tables
+class Source(NamedTuple):
+    """An entry of the map: one source of values. None stands for a default."""
+    layers: list[int]
+    source: str = "token"
+    rows: int | None = None  # of a hashed table
+    heads: int | None = None  # the source adds to the first so many heads
 
 
-def draw_map(tables: list[list[int]]) -> str:
-    """Draw the layers from first to last, a column per table: o where a layer uses it, | between its uses."""
-    lines = [f"value embeddings: {len(tables)} table{'' if len(tables) == 1 else 's'}"]
+def read_entry(entry: list | dict) -> Source:
+    return Source(**entry) if isinstance(entry, dict) else Source(entry)
+
+
+def num_source_heads(source: Source, num_heads: int, is_scaled: bool) -> int:
+    """Return a source's heads. Under a scale, `heads` counts the published 8 and shrinks in proportion."""
+    heads = source.heads or num_heads
+    return -(-heads * num_heads // PUBLISHED_HEADS) if source.heads and is_scaled else heads
+
+
+def check_layers(layers: list) -> list[int]:
+    """Return a list of attention layers. Raises ValueError for an impossible or repeated layer."""
+    for layer in layers:
+        if type(layer) is not int or not 0 <= layer < NUM_LAYERS:
+            shown = json.dumps(layer, default=str)
+            raise ValueError(f"layer {shown} does not exist; use integers from 0 to {NUM_LAYERS - 1}")
+        if layer == NO_ATTENTION_LAYER:
+            raise ValueError(f"layer {layer} has no attention; remove it")
+        if layers.count(layer) > 1:
+            raise ValueError(f"layer {layer} is listed twice; remove one")
+    return layers
+
+
+def check_betas(betas: list) -> list[float]:
+    """Return AdamW's two betas. Raises ValueError unless they are two numbers from 0 to below 1."""
+    if len(betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{json.dumps(betas, default=str)} is not two numbers from 0 to below 1, as in [0.8, 0.95]")
+    return [float(beta) for beta in betas]
+
+
+def check_inline_table(table: dict[str, Any], has_rows: dict[str, bool]) -> None:
+    """Raises ValueError for a missing or unknown key, or an impossible source, number of rows or of heads."""
+    if unknown := [name for name in table if name not in Source._fields]:
+        raise ValueError(f"unknown key {unknown[0]}; use {', '.join(Source._fields)}")
+    if "layers" not in table:
+        raise ValueError("layers is missing; list the layers, as in {layers = [0, 13]}")
+    kind = table.get("source", "token")
+    if kind not in list(has_rows):
+        raise ValueError(f"source {json.dumps(kind, default=str)} does not exist; use {' or '.join(has_rows)}")
+    if "rows" in table and not has_rows[kind]:
+        raise ValueError(f"rows: a {kind} source has no choice of rows; remove rows")
+    for name, least in (("rows", 2), ("heads", 1)):
+        if type(value := table.get(name, least)) is not int or value < least:
+            raise ValueError(f"{name} is {json.dumps(value, default=str)}; use an integer of at least {least}")
+
+
+def check_entries(entries: list, has_rows: dict[str, bool]) -> list[list | dict]:
+    """Return the map with each plain entry as a list of layers. Raises ValueError for an impossible entry.
+
+    `has_rows` tells for each kind of source whether an entry may set its rows.
+    """
+    if entries and all(isinstance(entry, int) for entry in entries):
+        raise ValueError(f"{entries} is a list of layers, not of tables; for one table write [{entries}]")
+    for k, entry in enumerate(entries):
+        with error_context(f"table {k}"):
+            if isinstance(entry, dict):
+                check_inline_table(entry, has_rows)
+            layers = entry["layers"] if isinstance(entry, dict) else entry
+            if not isinstance(layers, list) or not layers:
+                shown = json.dumps(layers, default=str)
+                raise ValueError(f"{shown} is not a list of layers; list the layers that use it, as in [0, 13]")
+            check_layers(layers)
+    return [entry["layers"] if isinstance(entry, dict) and list(entry) == ["layers"] else entry for entry in entries]
+
+
+def check_sources(entries: list, only: list[int], num_heads: int, is_scaled: bool) -> None:
+    """Raises ValueError if a source has too many heads, or if a layer would have no values at all."""
+    most, sources = PUBLISHED_HEADS if is_scaled else num_heads, [read_entry(entry) for entry in entries]
+    for k, source in enumerate(sources):
+        if (source.heads or 1) > most:
+            raise ValueError(f"value_embeddings: table {k}: heads is {source.heads}; use at most {most}")
+    for layer in only:
+        if not any(layer in source.layers for source in sources):
+            raise ValueError(f"value_embeddings_only: layer {layer} would have no values; add it to value_embeddings, "
+                             "or remove it here")
+
+
+def draw_map(entries: list, only: list[int], letters: dict[str, str], num_heads: int, is_scaled: bool) -> str:
+    """Draw the layers from first to last, a column per source: its letter where a layer uses it, | between its uses.
+
+    Args: the map; the layers without values of their own; each kind's letter; heads as for `num_source_heads`.
+    """
+    sources = [read_entry(entry) for entry in entries]
+    noun = "table" if all(source.source == "token" for source in sources) else "source"
+    legend = ", ".join(f"{letters[kind]} {kind}" for kind in dict.fromkeys(source.source for source in sources))
+    lines = [f"value embeddings: {len(sources)} {noun}{'s' * (len(sources) != 1)}{f' ({legend})' * (noun == 'source')}"]
+    heads = [num_source_heads(source, num_heads, is_scaled) for source in sources]
+    lines += [f"  {noun} {k} adds to {n} of {num_heads} heads" for k, n in enumerate(heads) if n < num_heads]
     for layer in range(NUM_LAYERS):
-        cells = ["o" if layer in table else "|" if min(table) < layer < max(table) else " " for table in tables]
-        used = [str(k) for k, table in enumerate(tables) if layer in table]
-        note = f"table{'s' * (len(used) > 1)} {', '.join(used)}" if used else ""
-        note = "no attention" if layer == NO_ATTENTION_LAYER else note
+        cells = [letters[s.source] if layer in s.layers else "|" if min(s.layers) < layer < max(s.layers) else " "
+                 for s in sources]
+        used = [str(k) for k, source in enumerate(sources) if layer in source.layers]
+        note = f"{noun}{'s' * (len(used) > 1)} {', '.join(used)}" if used else ""
+        note = "no attention" if layer == NO_ATTENTION_LAYER else note + ", no values of its own" * (layer in only)
         lines.append(f"  layer {layer:2d}  {' '.join(cells)}  {note}".rstrip())
     return "\n".join(lines)
+
+
+def count_parameters(groups: list[dict[str, Any]]) -> str:
+    """Count the parameters of each name of the optimizers' groups, and the memory of the tables."""
+    counts: dict[str, int] = {}
+    for group in (group for group in groups if group["params"]):
+        counts[group["name"]] = counts.get(group["name"], 0) + sum(p.numel() for p in group["params"])
+    table_gb = 4 * 2e-9 * counts.get("value_embeds.*.weight", 0)
+    return "\n".join([f"parameters: {sum(counts.values()):,}", *(f"{n:>15,}  {name}" for name, n in counts.items()),
+                      f"tables: {table_gb:.2f} GB per GPU, with gradients and AdamW's two states, in bf16"])
+
+
+def check_sizes(model_dim: int, width: int, val_tokens: int, val_seq_len: int) -> None:
+    """Raises ValueError unless the heads fill the model's width and whole sequences the validation's tokens."""
+    if model_dim != width:
+        raise ValueError(f"model_dim: {model_dim} is not 128 * num_heads; use {width} with num_heads {width // 128}")
+    if val_tokens % val_seq_len:
+        raise ValueError(f"val_tokens: {val_tokens} is not divisible by val_seq_len {val_seq_len}; "
+                         f"use {-(-val_tokens // val_seq_len) * val_seq_len}")
 
 
 def valid_world_sizes(sequences_per_step: int, num_val_sequences: int) -> list[int]:

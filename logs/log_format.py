@@ -113,5 +113,6 @@ def differences(then: dict[str, Any], now: dict[str, Any], ignored: Collection[s
         if key == "code" and not is_same_code(then.get(key, ""), now.get(key, "")):
             changes.append("the code has changed")
         elif key != "code" and was != new:
-            changes.append(f"{key} was {was} and is {new}" if len(was + new) < 300 else f"{key} has changed")
+            is_short = len(was + new) < 300 or key not in ("train_data", "val_data")  # a map is shown whole
+            changes.append(f"{key} was {was} and is {new}" if is_short else f"{key} has changed")
     return changes

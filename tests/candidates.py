@@ -85,7 +85,7 @@ class Lookup(torch.autograd.Function):
         return table_gradient(grad, *ctx.saved_tensors), None
 
 
-def table_forward(table: nn.Embedding, tokens: Tensor) -> Tensor:
+def table_forward(table: nn.Embedding, tokens: Tensor, x0: Tensor | None = None) -> Tensor:
     """Replace nn.Embedding.forward."""
     return Lookup.apply(table.weight, tokens) if torch.is_grad_enabled() else F.embedding(tokens, table.weight)
 
@@ -257,7 +257,8 @@ CANDIDATES = ("tables", "mlp", "head")
 def apply(model: train.GPT, names: Sequence[str]) -> None:
     """Replace methods of a model with those of the named candidates."""
     assert set(names) <= set(CANDIDATES), names
-    for table in (model.embed, *model.value_embeds) if "tables" in names else ():
+    token_tables = [source for source in model.value_embeds if isinstance(source, train.TokenTable)]
+    for table in (model.embed, *token_tables) if "tables" in names else ():
         table.forward = MethodType(table_forward, table)
     for block in model.blocks if "mlp" in names else ():
         block.mlp.forward = MethodType(mlp_forward, block.mlp)
@@ -298,7 +299,8 @@ def part_of(model: train.GPT, name: str, tokens: Tensor, compiled: bool) -> Part
     x = torch.randn(len(tokens), weights[0].size(1), device=tokens.device).bfloat16().to(weights[0].dtype)
     x.requires_grad_()
     if name == "tables":  # the model does not compile the look-ups either
-        return Part(lambda tokens: [table(tokens) for table in tables], [tokens], weights, compiled=False)
+        return Part(lambda tokens: [model.embed(tokens), *(table(tokens, None) for table in model.value_embeds)],
+                    [tokens], weights, compiled=False)
     if name == "mlp":
         return Part(mlp.forward, [x], [x, mlp.fc_w, mlp.proj_w], compiled)
     return Part(model.loss, [x, tokens.long()], [x, model.lm_head_w], compiled)

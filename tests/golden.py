@@ -1,4 +1,4 @@
-"""The inputs of the golden trajectories, by their formula; `golden.json` has the cases and their figures."""
+"""Make the inputs of the golden trajectories; `golden.json` holds the cases and their figures."""
 
 import json
 import zlib
@@ -14,11 +14,24 @@ CASES = json.loads(Path(__file__).with_name("golden.json").read_text())
 LAYERS, NO_ATTENTION = 16, 7
 
 
+def source_shapes(value_embeddings, d, vocab_size):
+    """The name and shape of each source's parameter."""
+    for k, entry in enumerate(value_embeddings):
+        entry = entry if isinstance(entry, dict) else {}
+        kind, width = entry.get("source", "token"), 128 * entry.get("heads", d // 128)
+        if kind == "embedding":
+            yield f"value_embeds.{k}.proj_w", (width, d)
+        else:
+            default_rows = vocab_size if kind == "token" else 5 * -(-vocab_size // 128) * 128
+            yield f"value_embeds.{k}.weight", (entry.get("rows", default_rows), width)
+
+
 def golden_weights(value_embeddings, d, vocab_size, gate=False):
     """Every parameter in fp32: the standard normal numbers of RandomState(crc32(name)), scaled by its kind."""
-    tables_of = [[k for k, table in enumerate(value_embeddings) if i in table] for i in range(LAYERS)]
-    further = sum(max(0, len(tables) - 1) for tables in tables_of)
-    initial_scalars = [1.0] * LAYERS + [1.0, 0.0] * LAYERS + [0.5, 0.5] * LAYERS + [0.5] * further
+    layers = [entry["layers"] if isinstance(entry, dict) else entry for entry in value_embeddings]
+    sources_by_layer = [[k for k, of_source in enumerate(layers) if i in of_source] for i in range(LAYERS)]
+    extra = sum(max(0, len(used) - 1) for used in sources_by_layer)
+    initial_scalars = [1.0] * LAYERS + [1.0, 0.0] * LAYERS + [0.5, 0.5] * LAYERS + [0.5] * extra
 
     def normal(name, *shape):
         state = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF)
@@ -29,15 +42,16 @@ def golden_weights(value_embeddings, d, vocab_size, gate=False):
         "lm_head_w": np.float32(0.05) * normal("lm_head_w", -(-vocab_size // 128) * 128, d),
         "scalars": torch.tensor(initial_scalars) + np.float32(0.05) * normal("scalars", len(initial_scalars)),
     }
-    for name in (f"value_embeds.{k}.weight" for k in range(len(value_embeddings))):
-        weights[name] = normal(name, vocab_size, d)
-    for i, tables in enumerate(tables_of):
-        shapes = {f"blocks.{i}.mlp.fc_w": (4 * d, d), f"blocks.{i}.mlp.proj_w": (d, 4 * d)}
+    shapes = dict(source_shapes(value_embeddings, d, vocab_size))
+    for i, used in enumerate(sources_by_layer):
+        shapes |= {f"blocks.{i}.mlp.fc_w": (4 * d, d), f"blocks.{i}.mlp.proj_w": (d, 4 * d)}
         if i != NO_ATTENTION:
             shapes[f"blocks.{i}.attn.qkvo_w"] = (4, d, d)
-        if gate and tables:
+        if gate and used:
             shapes[f"blocks.{i}.attn.ve_gate_w"] = (d // 128, 16)
-        weights |= {name: np.float32(0.5 * shape[-1] ** -0.5) * normal(name, *shape) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        scale = 1 if name.endswith(".weight") else 0.5 * shape[-1] ** -0.5
+        weights[name] = np.float32(scale) * normal(name, *shape)
     return weights
 
 

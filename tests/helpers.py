@@ -31,8 +31,15 @@ def random_tokens(n, seed, vocab_size, document=200):
     return tokens
 
 
+def toml(value):
+    """A JSON value as TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml(entry)}" for name, entry in value.items()) + "}"
+    return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list | tuple) else json.dumps(value)
+
+
 def write_config(path, **keys):
-    Path(path).write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in keys.items()))
+    Path(path).write_text("\n".join(f"{name} = {toml(value)}" for name, value in keys.items()))
     return Path(path)
 
 

@@ -5,7 +5,7 @@ from faults import Ranks
 from golden import CASES, write_golden_case
 from helpers import val_losses
 
-ON_TWO_RANKS = ("baseline_short", "gate_short", "pool_2_short")  # the others on one
+ON_TWO_RANKS = ("baseline_short", "gate_short", "pool_2_short", "bigram_short", "sources_wide")  # the others on one
 ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 

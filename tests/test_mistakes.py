@@ -8,7 +8,7 @@ from golden import golden_weights
 from helpers import ROOT
 
 import train_gpt_medium as train
-from configs.checks import draw_map
+from configs import checks
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 # {data}, {folder}: of the test's shards and config; a mistake in the config's keys, or in the words after the config.
@@ -25,8 +25,20 @@ KEYS = [
     (dict(train_seq_len=1000), "train_seq_len: 1000 is not a multiple of 128; use 1024"),
     (dict(value_embeddings="0"), "value_embeddings: expected a list"),
     (dict(value_embeddings=[0, 13]), "a list of layers, not of tables; for one table write [[0, 13]]"),
-    (dict(value_embeddings=[[1], 0]), "value_embeddings: table 1 is 0; list the layers that use it"),
-    (dict(value_embeddings=[[0], []]), "table 1 is []; list the layers"),
+    (dict(value_embeddings=[[1], 0]), "value_embeddings: table 1: 0 is not a list of layers; list the layers that use"),
+    (dict(value_embeddings=[[0], []]), "table 1: [] is not a list of layers"),
+    (dict(value_embeddings=[{"source": "bigram"}]), "table 0: layers is missing; list the layers"),
+    (dict(value_embeddings=[{"layers": [1], "row": 9}]), "table 0: unknown key row; use layers, source, rows, heads"),
+    (dict(value_embeddings=[{"layers": [1], "source": "pair"}]), 'table 0: source "pair" does not exist; use token or'),
+    (dict(value_embeddings=[{"layers": [1], "rows": 9}]), "table 0: rows: a token source has no choice of rows"),
+    (dict(value_embeddings=[{"layers": [1], "source": "bigram", "rows": 1}]), "rows is 1; use an integer of at least"),
+    (dict(value_embeddings=[{"layers": [1], "heads": 0}]), "table 0: heads is 0; use an integer of at least 1"),
+    (dict(value_embeddings=[{"layers": [1], "heads": 2}]), "table 0: heads is 2; use at most 1"),
+    (dict(value_embeddings=[{"layers": [1, 1]}]), "table 0: layer 1 is listed twice"),
+    (dict(value_embeddings_only=[3]), "value_embeddings_only: layer 3 would have no values; add it to"),
+    (dict(value_embeddings_only=[7]), "value_embeddings_only: layer 7 has no attention"),
+    (dict(value_embedding_betas=[0.8]), "value_embedding_betas: [0.8] is not two numbers from 0 to below 1"),
+    (dict(value_embedding_betas=[0.8, 1]), "value_embedding_betas: [0.8, 1] is not two numbers from 0 to below 1"),
     (dict(value_embeddings=[["a"]]), 'table 0: layer "a" does not exist; use integers from 0 to 15'),
     (dict(value_embeddings=[[True]]), "table 0: layer true does not exist"),
     (dict(value_embeddings=[[16]]), "table 0: layer 16 does not exist"),
@@ -56,9 +68,15 @@ WORDS = [
     (["--num_iteration", "5"], "--num_iteration: unknown key; did you mean --num_iterations?"),
     (["--num_iterations"], "expected one argument"),
     (["--scale", "tinny"], "configs/scales/tinny.toml: no such file; did you mean configs/scales/tiny.toml?"),
+    (["--value_embeddings", '[{layers = [1], source = "x"}]'], '--value_embeddings: table 0: source "x" does not'),
     (["other.toml"], "unexpected argument other.toml"),
     (["--train_files", "\udce9*.bin"], "train_files: no file matches \\udce9*.bin"),
 ]
+
+
+def draw(entries, only=()):
+    letters = {kind: source.letter for kind, source in train.SOURCES.items()}
+    return checks.draw_map(entries, only, letters, num_heads=8, is_scaled=False)
 
 
 @pytest.fixture
@@ -97,14 +115,14 @@ def test_a_good_config_passes_with_map_and_counts_and_leaves_no_trace(check, sma
     """3 shards of 20,000 hold 39 batches of 512 each, as 38 * 512 + 512 + 1 < 20,000."""
     status, errors, output = check(small_config(num_iterations=3 * 39, val_tokens=39 * 256))
     assert (status, errors) == (0, [])
-    assert draw_map(BASELINE) in output
+    assert draw(BASELINE) in output
     assert "98,304  value_embeds.*.weight" in output and "device: 1 rank, CPU" in output
     assert [path.name for path in tmp_path.iterdir()] == ["small.toml"]
 
 
 def test_the_map_is_drawn_also_while_data_is_missing(check, small_config):
     status, _, output = check(small_config(train_files="nowhere/*.bin", value_embeddings=[[3], [4, 15]]))
-    assert status == 2 and draw_map([[3], [4, 15]]) in output
+    assert status == 2 and draw([[3], [4, 15]]) in output
 
 
 def test_a_parameter_without_an_optimizer_is_named(check, small_config, monkeypatch):
@@ -144,7 +162,7 @@ def test_json_describes_configs_for_the_queue_with_the_command_for_missing_data(
     assert (found["config"], found["files"], found["log_folder"]) == (str(config), [str(config)],
                                                                       str(tmp_path / "logs/small"))
     assert (found["world_sizes"], found["device_kind"], found["fetch"]) == ([1, 2, 4], "CPU cores", [])
-    assert found["configuration"]["model_dim"] == 128 and draw_map(BASELINE) in found["drawing"]
+    assert found["configuration"]["model_dim"] == 128 and draw(BASELINE) in found["drawing"]
     assert run_main(ROOT / "configs/record.toml", config, "--check", "--json", *files) == 0
     assert [one["fetch"] for one in json.loads(capsys.readouterr().out)] == [
         ["data/cached_fineweb10B.py", "31"], ["data/cached_fineweb10B.py", "1"]]
@@ -168,15 +186,18 @@ def test_torchrun_restarts_only_a_numbered_run(monkeypatch):
         train.check_keys_together(train.Hyperparameters(run_id=None), 1)
 
 
-@pytest.mark.parametrize("tables, lines", [
-    (BASELINE, ["value embeddings: 3 tables", "  layer  0  o      table 0", "  layer  1  | o    table 1",
-                "  layer  2  | | o  table 2", *(f"  layer {layer:2d}  | | |{'  no attention' * (layer == 7)}"
-                                                for layer in range(3, 13)),
-                "  layer 13  o | |  table 0", "  layer 14    o |  table 1", "  layer 15      o  table 2"]),
-    ([[0, 2], [0, 1]], ["value embeddings: 2 tables", "  layer  0  o o  tables 0, 1", "  layer  1  | o  table 1",
-                        "  layer  2  o    table 0"]),
-    ([], ["value embeddings: 0 tables", "  layer  0", "  layer  1"]),
+@pytest.mark.parametrize("entries, only, lines", [
+    (BASELINE, [14], ["value embeddings: 3 tables", "  layer  0  o      table 0", "  layer  1  | o    table 1",
+                      "  layer  2  | | o  table 2", *(f"  layer {layer:2d}  | | |{'  no attention' * (layer == 7)}"
+                                                      for layer in range(3, 13)), "  layer 13  o | |  table 0",
+                      "  layer 14    o |  table 1, no values of its own", "  layer 15      o  table 2"]),
+    ([[0, 2], [0, 1]], [], ["value embeddings: 2 tables", "  layer  0  o o  tables 0, 1", "  layer  1  | o  table 1",
+                            "  layer  2  o    table 0"]),
+    ([], [], ["value embeddings: 0 tables", "  layer  0", "  layer  1"]),
+    ([[0], {"layers": [0, 2], "source": "bigram", "heads": 1}, {"layers": [1], "source": "embedding"}], [],
+     ["value embeddings: 3 sources (o token, b bigram, e embedding)", "  source 1 adds to 1 of 8 heads",
+      "  layer  0  o b    sources 0, 1", "  layer  1    | e  source 2", "  layer  2    b    source 1"]),
 ])
-def test_the_drawing_of_a_map(tables, lines):
-    drawn = draw_map(tables).splitlines()
-    assert drawn[: len(lines)] == lines and len(drawn) == 17
+def test_the_drawing_of_a_map(entries, only, lines):
+    drawn = draw(entries, only).splitlines()
+    assert drawn[: len(lines)] == lines and sum(line.startswith("  layer ") for line in drawn) == 16

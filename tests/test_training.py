@@ -48,7 +48,7 @@ def test_accumulated_gradients_are_the_mean_over_the_sequences(small_config, pro
 
 def test_a_parameter_without_a_gradient_is_named(small_config, process_group):
     trainer = start_trainer(small_config(sequences_per_step=1))
-    trainer.model.tables_by_layer = [[k for k in tables if k != 1] for tables in trainer.model.tables_by_layer]
+    trainer.model.sources_by_layer = [[k for k in tables if k != 1] for tables in trainer.model.sources_by_layer]
     batch = next(batches_of(trainer))
     with pytest.raises(ValueError, match="parameter value_embeds.1.weight got no gradient: .* use it in GPT.forward"):
         trainer.train_step(0, *batch)
