@@ -14,6 +14,7 @@ default: configs/README.md):
 - Muon for the matrices (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from logs import checkpoint, distributed, run_log
 from logs.log_format import format_step_line, program_text
 
 # -----------------------------------------------------------------------------
-# Constants: what no config changes; record 8's values
+# Constants, with record 8's values; no config changes them (the number of layers is in configs/checks.py)
 
 HEAD_DIM = 128
 SKIPS = {9: 6, 10: 4, 11: 2}  # layer -> the earlier layer whose output it adds
@@ -105,7 +106,7 @@ class Hyperparameters:
     log_dir: str = key("logs", "write logs to LOG_DIR/[SCALE/]CONFIG/RUN_ID.txt", check=expand_path)
     save_checkpoint: bool = key(False, "write the final weights beside the log, as RUN_ID.ckpt")
     checkpoint_every: int = key(1000, "steps between resumable checkpoints; 0: none", min=0)
-    step_timeout: int = key(600, "seconds without progress before a run ends as hung", min=1)
+    step_timeout: int = key(600, "seconds without progress before a run ends as hung", min=1, max=10**9)
 
     @property
     def num_val_sequences(self) -> int:
@@ -113,8 +114,8 @@ class Hyperparameters:
 
 
 def check_keys_together(hp: Hyperparameters, world_size: int) -> None:
-    """Raises ValueError if keys contradict each other or the number of ranks."""
-    checks.check_sources(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, bool(hp.scale))
+    """Raise ValueError if keys contradict each other or the number of ranks."""
+    checks.check_sources(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, hp.scale)
     checks.check_sizes(hp.model_dim, HEAD_DIM * hp.num_heads, hp.val_tokens, hp.val_seq_len)
     checks.check_world_size(world_size, hp.sequences_per_step, hp.num_val_sequences)
     if hp.run_id is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -158,7 +159,7 @@ def count_to_row_end(blocks: Tensor) -> Tensor:
 
 
 def apply_window(blocks: VisibleBlocks, window: Tensor) -> VisibleBlocks:
-    """Keep the nearest window - 1 full blocks and, in what they leave of the window, at least one partial block.
+    """Keep the nearest window - 1 full blocks, then the nearest partial blocks that still fit, but at least one.
 
     `window`, in blocks, is a 0-dimensional int32 tensor, so that a new value does not recompile anything.
     """
@@ -406,7 +407,7 @@ class GPT(nn.Module):
         self.num_extra_lambdas = [max(0, len(used) - 1) for used in self.sources_by_layer]
         self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)  # (V, d)
         self.value_embeds = nn.ModuleList(
-            SOURCES[source.source](hp, num_source_heads(source, hp.num_heads, bool(hp.scale)),
+            SOURCES[source.source](hp, num_source_heads(source, hp.num_heads, hp.scale),
                                    source.rows or 5 * padded_vocab_size) for source in sources)
         self.blocks = nn.ModuleList(
             Block(layer, hp.model_dim, hp.num_heads, is_gated=hp.value_embedding_gate and bool(used),
@@ -784,7 +785,7 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
                 checkpoint.read_weights(hp.init_from, model)
         groups = [group for optimizer in make_optimizers(model, hp, 0, 1) for group in optimizer.param_groups]
     letters = {kind: source.letter for kind, source in SOURCES.items()}
-    drawing = checks.draw_map(hp.value_embeddings, hp.value_embeddings_only, letters, hp.num_heads, bool(hp.scale))
+    drawing = checks.draw_map(hp.value_embeddings, hp.value_embeddings_only, letters, hp.num_heads, hp.scale)
     return f"{drawing}\n{checks.count_parameters(groups)}"
 
 
@@ -793,6 +794,8 @@ def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str,
     data = checks.check_streams(config, hp.vocab_size, hp.train_files, hp.sequences_per_step * hp.train_seq_len,
                          hp.num_iterations, hp.val_files, hp.val_seq_len, hp.num_val_sequences)
     identity = asdict(hp) | data | {"device": device_type, "code": program_text()}
+    if hp.init_from:
+        identity["init_sha256"] = hashlib.sha256(np.memmap(hp.init_from, np.uint8, "r")).hexdigest()[:16]
     with error_context(str(config)):
         run_log.check_finished_runs(run_log.log_path(hp.log_dir, hp.scale, config, 0).parent, identity)
     return identity

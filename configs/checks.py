@@ -1,4 +1,4 @@
-"""Check more than single keys: the map of value embeddings, the number of ranks, the data. Draw the map.
+"""Check keys against each other, the map, the ranks and the data; draw the map and count parameters.
 
 An entry of the map is a list of layers, which stands for a table with a row per token, or an inline table:
 {layers = [1, 2], source = "bigram", rows = 251520, heads = 8}. Only `layers` is required.
@@ -24,17 +24,22 @@ class Source(NamedTuple):
     layers: list[int]
     source: str = "token"
     rows: int | None = None  # of a hashed table
-    heads: int | None = None  # the source adds to the first so many heads
+    heads: int | None = None  # the source adds to this many heads, the first ones
 
 
 def read_entry(entry: list | dict) -> Source:
     return Source(**entry) if isinstance(entry, dict) else Source(entry)
 
 
-def num_source_heads(source: Source, num_heads: int, is_scaled: bool) -> int:
-    """Return a source's heads. Under a scale, `heads` counts the published 8 and shrinks in proportion."""
-    heads = source.heads or num_heads
-    return -(-heads * num_heads // PUBLISHED_HEADS) if source.heads and is_scaled else heads
+def max_heads(num_heads: int, scale: str) -> int:
+    """Return the heads of which an entry's `heads` are a part: under a smaller scale, the published 8."""
+    return max(PUBLISHED_HEADS, num_heads) if scale else num_heads
+
+
+def num_source_heads(source: Source, num_heads: int, scale: str) -> int:
+    """Return a source's heads, which shrink in proportion under a scale with fewer than the published 8."""
+    most = max_heads(num_heads, scale)
+    return -(-(source.heads or most) * num_heads // most)
 
 
 def check_layers(layers: list) -> list[int]:
@@ -58,30 +63,30 @@ def check_betas(betas: list) -> list[float]:
 
 
 def check_inline_table(table: dict[str, Any], has_rows: dict[str, bool]) -> None:
-    """Raises ValueError for a missing or unknown key, or an impossible source, number of rows or of heads."""
+    """Raise ValueError for a missing or unknown key, or an impossible source, number of rows or of heads."""
     if unknown := [name for name in table if name not in Source._fields]:
         raise ValueError(f"unknown key {unknown[0]}; use {', '.join(Source._fields)}")
     if "layers" not in table:
         raise ValueError("layers is missing; list the layers, as in {layers = [0, 13]}")
     kind = table.get("source", "token")
-    if kind not in list(has_rows):
+    if kind not in list(has_rows):  # a list: an unhashable kind is unknown too
         raise ValueError(f"source {json.dumps(kind, default=str)} does not exist; use {' or '.join(has_rows)}")
     if "rows" in table and not has_rows[kind]:
         raise ValueError(f"rows: a {kind} source has no choice of rows; remove rows")
-    for name, least in (("rows", 2), ("heads", 1)):
-        if type(value := table.get(name, least)) is not int or value < least:
-            raise ValueError(f"{name} is {json.dumps(value, default=str)}; use an integer of at least {least}")
+    for name, least, most in (("rows", 2, 2**31), ("heads", 1, 256)):
+        if type(value := table.get(name, least)) is not int or not least <= value <= most:
+            raise ValueError(f"{name} is {json.dumps(value, default=str)}; use an integer from {least} to {most}")
 
 
 def check_entries(entries: list, has_rows: dict[str, bool]) -> list[list | dict]:
-    """Return the map with each plain entry as a list of layers. Raises ValueError for an impossible entry.
+    """Return the map with each entry in its shortest form. Raises ValueError for an impossible entry.
 
     `has_rows` tells for each kind of source whether an entry may set its rows.
     """
     if entries and all(isinstance(entry, int) for entry in entries):
         raise ValueError(f"{entries} is a list of layers, not of tables; for one table write [{entries}]")
     for k, entry in enumerate(entries):
-        with error_context(f"table {k}"):
+        with error_context(f"entry {k}"):
             if isinstance(entry, dict):
                 check_inline_table(entry, has_rows)
             layers = entry["layers"] if isinstance(entry, dict) else entry
@@ -89,22 +94,29 @@ def check_entries(entries: list, has_rows: dict[str, bool]) -> list[list | dict]
                 shown = json.dumps(layers, default=str)
                 raise ValueError(f"{shown} is not a list of layers; list the layers that use it, as in [0, 13]")
             check_layers(layers)
-    return [entry["layers"] if isinstance(entry, dict) and list(entry) == ["layers"] else entry for entry in entries]
+    return [shorten(entry) for entry in entries]
 
 
-def check_sources(entries: list, only: list[int], num_heads: int, is_scaled: bool) -> None:
-    """Raises ValueError if a source has too many heads, or if a layer would have no values at all."""
-    most, sources = PUBLISHED_HEADS if is_scaled else num_heads, [read_entry(entry) for entry in entries]
+def shorten(entry: list | dict) -> list | dict:
+    """Return an entry without the default source and in a fixed order; a plain table is its list of layers."""
+    table = read_entry(entry)._asdict()
+    short = {name: value for name, value in table.items() if value is not None and (name, value) != ("source", "token")}
+    return short["layers"] if list(short) == ["layers"] else short
+
+
+def check_sources(entries: list, only: list[int], num_heads: int, scale: str) -> None:
+    """Raise ValueError if a source has too many heads, or if a layer would have no values at all."""
+    most, sources = max_heads(num_heads, scale), [read_entry(entry) for entry in entries]
     for k, source in enumerate(sources):
         if (source.heads or 1) > most:
-            raise ValueError(f"value_embeddings: table {k}: heads is {source.heads}; use at most {most}")
+            raise ValueError(f"value_embeddings: entry {k}: heads is {source.heads}; use at most {most}")
     for layer in only:
         if not any(layer in source.layers for source in sources):
             raise ValueError(f"value_embeddings_only: layer {layer} would have no values; add it to value_embeddings, "
                              "or remove it here")
 
 
-def draw_map(entries: list, only: list[int], letters: dict[str, str], num_heads: int, is_scaled: bool) -> str:
+def draw_map(entries: list, only: list[int], letters: dict[str, str], num_heads: int, scale: str) -> str:
     """Draw the layers from first to last, a column per source: its letter where a layer uses it, | between its uses.
 
     Args: the map; the layers without values of their own; each kind's letter; heads as for `num_source_heads`.
@@ -113,7 +125,7 @@ def draw_map(entries: list, only: list[int], letters: dict[str, str], num_heads:
     noun = "table" if all(source.source == "token" for source in sources) else "source"
     legend = ", ".join(f"{letters[kind]} {kind}" for kind in dict.fromkeys(source.source for source in sources))
     lines = [f"value embeddings: {len(sources)} {noun}{'s' * (len(sources) != 1)}{f' ({legend})' * (noun == 'source')}"]
-    heads = [num_source_heads(source, num_heads, is_scaled) for source in sources]
+    heads = [num_source_heads(source, num_heads, scale) for source in sources]
     lines += [f"  {noun} {k} adds to {n} of {num_heads} heads" for k, n in enumerate(heads) if n < num_heads]
     for layer in range(NUM_LAYERS):
         cells = [letters[s.source] if layer in s.layers else "|" if min(s.layers) < layer < max(s.layers) else " "
@@ -130,13 +142,13 @@ def count_parameters(groups: list[dict[str, Any]]) -> str:
     counts: dict[str, int] = {}
     for group in (group for group in groups if group["params"]):
         counts[group["name"]] = counts.get(group["name"], 0) + sum(p.numel() for p in group["params"])
-    table_gb = 4 * 2e-9 * counts.get("value_embeds.*.weight", 0)
+    table_mb = 4 * 2e-6 * counts.get("value_embeds.*.weight", 0)
     return "\n".join([f"parameters: {sum(counts.values()):,}", *(f"{n:>15,}  {name}" for name, n in counts.items()),
-                      f"tables: {table_gb:.2f} GB per GPU, with gradients and AdamW's two states, in bf16"])
+                      f"tables: {table_mb:,.1f} MB per GPU in bf16, with gradients and AdamW's two states"])
 
 
 def check_sizes(model_dim: int, width: int, val_tokens: int, val_seq_len: int) -> None:
-    """Raises ValueError unless the heads fill the model's width and whole sequences the validation's tokens."""
+    """Raise ValueError unless model_dim is the heads' total width and val_seq_len divides val_tokens."""
     if model_dim != width:
         raise ValueError(f"model_dim: {model_dim} is not 128 * num_heads; use {width} with num_heads {width // 128}")
     if val_tokens % val_seq_len:
@@ -151,7 +163,7 @@ def valid_world_sizes(sequences_per_step: int, num_val_sequences: int) -> list[i
 
 
 def check_world_size(world_size: int, sequences_per_step: int, num_val_sequences: int) -> None:
-    """Raises ValueError if so many ranks cannot share the sequences evenly."""
+    """Raise ValueError if so many ranks cannot share the sequences evenly."""
     for name, count in (("sequences_per_step", sequences_per_step), ("val_tokens", num_val_sequences)):
         if count % world_size:
             valid = " or ".join(map(str, valid_world_sizes(sequences_per_step, num_val_sequences)))

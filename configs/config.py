@@ -77,10 +77,9 @@ def check_value(f: Field, value: Any) -> Any:
     name, has_type = TYPES[f.type]
     if not has_type(value):
         raise ValueError(f"expected {name}, found {json.dumps(value, default=str)}")
-    value = float(value) if f.type is float else value
     if isinstance(value, (int, float)):
         check_limits(value, **f.metadata["limits"])
-    return f.metadata["check"](value)
+    return f.metadata["check"](float(value) if f.type is float else value)
 
 
 def expand_path(value: str) -> str:
@@ -111,12 +110,12 @@ def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]
     if not path.is_file():
         folder = "configs/scales" if is_scale else "configs"
         known = [file.stem for file in (Path(__file__).parent.parent / folder).glob("*.toml")]
-        raise ValueError(f"{path}: no such file; did you mean {folder}/{nearest(path.stem, known)}.toml?")
+        raise ValueError(f"{path}: not a file; did you mean {folder}/{nearest(path.stem, known)}.toml?")
     with error_context(str(path)):
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"not a TOML file in UTF-8: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not a TOML file in UTF-8: {error}; an inline table takes one line") from None
     known = {f.name: f for f in fields(cls)}
     for name, value in values.items():
         with error_context(f"{path}: {name}"):
@@ -135,10 +134,11 @@ def read_override(f: Field, text: str) -> Any:
             return check_value(f, text)
         try:
             parsed = tomllib.loads(f"value = {text}")
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             parsed = {}
         if list(parsed) != ["value"]:
-            hint = f"; quote the list: --{f.name} '{json.dumps(f.default_factory())}'" if text.startswith("[") else ""
+            example = f"; close its brackets and quote it: --{f.name} '{json.dumps(f.default_factory())}'"
+            hint = example if text.startswith("[") else ""
             raise ValueError(f"expected {TYPES[f.type][0]}, found {json.dumps(text)}{hint}")
         return check_value(f, parsed["value"])
 
@@ -191,6 +191,8 @@ def parse_command_line(
     if unknown and unknown[0].startswith("-"):
         option, names = unknown[0].partition("=")[0], [f.name for f in fields(cls)]
         raise ValueError(f"{option}: unknown key; did you mean --{nearest(option.lstrip('-'), names)}?")
+    if options.json and not options.check:
+        raise ValueError("--json: needs --check; add it")
     extra = [] if options.json else configs[1:]
     if words := [str(path) for path in configs if path.suffix != ".toml" or path in extra] + unknown:
         raise ValueError(f"unexpected argument {words[0]}: name a config by its .toml file, set a key with "

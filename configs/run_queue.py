@@ -69,6 +69,8 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     parser.add_argument("--notify", default="")
     parser.add_argument("--check", action="store_true")
     options, words = parser.parse_known_args(arguments)
+    if any(word.startswith("--json") for word in words):
+        raise ValueError(f"--json: not an option of the queue; use: python {PROGRAM} CONFIG.toml --check --json")
     if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
         raise ValueError("-n takes the number of runs, 1 to 999, and --run_id the number of a run, 0 to 999")
     with error_context("--notify"):
@@ -86,7 +88,7 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
 
 
 def run_python(arguments: list[str], **options: Any) -> subprocess.CompletedProcess:
-    """Run a Python program to its end. It gets SIGTERM if the queue is killed."""
+    """Run a Python program and wait for it. It gets SIGTERM if the queue is killed."""
     return subprocess.run([sys.executable, *arguments], **options,
                           preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM))
 
@@ -113,8 +115,11 @@ def check_runs(experiments: list[Experiment], num_runs: int) -> None:
             raise ValueError(f"{e.config}: seed: all {num_runs} runs would be equal; omit the key, or omit -n")
 
 
-def fetch_data(experiments: list[Experiment], overrides: list[str], only_check: bool) -> None:
-    """Run the commands that fetch missing data, each once. Raises ValueError if data is missing after that."""
+def fetch_data(experiments: list[Experiment], overrides: list[str], only_check: bool) -> list[Experiment]:
+    """Run the commands that fetch missing data, each once; return the experiments as described after that.
+
+    Raises ValueError if data is still missing.
+    """
     tried: list[list[str]] = []
     while missing := [e for e in experiments if e.fetch]:
         e, command = missing[0], shlex.join(["python", *missing[0].fetch])
@@ -125,6 +130,7 @@ def fetch_data(experiments: list[Experiment], overrides: list[str], only_check: 
         if run_python(e.fetch).returncode:
             raise ValueError(f"{command} failed; see the lines above")
         experiments = describe([e.config for e in experiments], overrides)
+    return experiments
 
 
 class Queue:
@@ -146,8 +152,8 @@ class Queue:
                 break
             state = status.read_state(path)
             if "pid" in state and status.is_alive(state["pid"]):
-                raise ValueError(f"process {state['pid']} is a queue that already runs on this machine; wait for its "
-                                 f"end (./run.sh status), or stop it: kill {state['pid']}")
+                raise ValueError(f"process {state['pid']} is already running a queue on this machine; wait until it "
+                                 f"ends (./run.sh status), or stop it: kill {state['pid']}")
             if attempt == 10:
                 say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
             time.sleep(0.1)
@@ -285,7 +291,8 @@ def main(arguments: list[str]) -> int:
         for e in experiments if options.check else []:
             say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n"
                 f"ranks: {e.num_ranks()} of {e.devices} {e.device_kind}")
-        fetch_data(experiments, overrides, only_check=options.check)
+        experiments = fetch_data(experiments, overrides, only_check=options.check)
+        check_runs(experiments, options.n)
         if queue is None:
             say(f"run.sh: {run_log.plural(len(experiments), 'config')} checked, with the data")
             return 0

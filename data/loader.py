@@ -70,7 +70,7 @@ def check_stream(pattern: str, vocab_size: int, batch_tokens: int, num_needed: i
             error = MissingShardsError if absent_shards(pattern, fineweb_shards or 0, whole) else ValueError
             raise error(f"too few tokens: {purpose} needs {num_needed * batch_tokens:,} ({num_needed:,} x "
                         f"{batch_tokens:,}) and 2 more, {pattern} has {sum(lengths):,} (shards: {len(shards)}), "
-                        f"good for {found:,}; ask for less or add shards")
+                        f"enough for {found:,}; ask for less or add shards")
         last = max(shard_number(shard.path) for shard, _ in locate_batches(shards, batch_tokens, 0, num_needed))
         for name in absent_shards(pattern, last, {shard.name for shard in shards}):
             raise MissingShardsError(f"{pattern}: {name} is missing though later shards are there, so the run would "

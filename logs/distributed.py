@@ -43,7 +43,7 @@ def start_process_group() -> None:
 
 
 def reset_watchdog(seconds: float) -> None:
-    """Print all stacks of this process and end it in `seconds`, unless this function is called again before."""
+    """Print all stacks of this process and end it in `seconds`, unless it is called again first."""
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 
@@ -82,7 +82,7 @@ def check_equal_on_ranks(values: dict[str, Any]) -> None:
     """Raise ValueError if this rank's values differ from rank 0's, as when two nodes have two versions of a file."""
     first = gather(values)[0]
     if differing := [name for name in first | values if first.get(name) != values.get(name)]:
-        raise ValueError(f"rank {dist.get_rank()}: {', '.join(differing)} not as on rank 0; give every node the same")
+        raise ValueError(f"rank {dist.get_rank()}: {', '.join(differing)} differ from rank 0's; give nodes the same")
 
 
 def one_line(error: BaseException) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE_FILES = ("train_gpt_medium.py", "data/loader.py", "data/shards.py")  # with the keys, these decide the numbers
+# With the keys, these files decide the numbers.
+CODE_FILES = ("train_gpt_medium.py", "configs/checks.py", "data/loader.py", "data/shards.py")
 BOOKKEEPING_KEYS = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout"}  # change no number
 RUN_KEYS = BOOKKEEPING_KEYS | {"seed", "run_id"}  # may differ between the runs of one configuration
 RULE = "=" * 100

@@ -122,7 +122,7 @@ class RunLog:
         give_up = time.monotonic() + LOCK_WAIT_S
         while is_locked(self.file.fileno(), fcntl.LOCK_EX):
             if time.monotonic() > give_up:
-                raise ValueError(f"{self.path}: another process runs this; wait for its end or use another run_id")
+                raise ValueError(f"{self.path}: another process is running it; wait for its end or use another run_id")
             time.sleep(0.1)
         if is_finished(self.path):
             remove_leftover(self.path)
@@ -139,7 +139,8 @@ class RunLog:
         Without a checkpoint (size 0), copy a log with results to RUN_ID.txt.interrupted.
         """
         if self.size() < size:
-            raise ValueError(f"{self.path}: shorter than at its checkpoint; put the log back, or use another run_id")
+            raise ValueError(f"{self.path}: missing or shorter than at its checkpoint; put the log back, move the "
+                             "checkpoint away to start over, or use another run_id")
         if size == 0 and last_line(self.path, "step:"):
             names = (self.path.with_name(f"{self.path.name}.interrupted{number or ''}") for number in itertools.count())
             shutil.copyfile(self.path, next(path for path in names if not path.exists()))

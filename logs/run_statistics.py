@@ -75,7 +75,7 @@ class Family:
             p_values = stats.dunnett(*others.values(), control=control, rng=np.random.default_rng(0)).pvalue
             columns += [critical_value(sizes, len(control), self.dof) * errors, p_values.clip(0, 1)]
         self.effects = {name: Effect(*row) for name, row in zip(others, np.transpose(columns).tolist())}
-        # Brown-Forsythe test. Two runs are equally far from their median, so so it would warn too often.
+        # Brown-Forsythe test. Two runs are always equally far from their median, so the test would warn too often.
         many = [sample for sample in samples.values() if len(sample) > 2]
         tested = stats and len(many) > 1 and self.deviation
         self.variance_p = float(stats.levene(*many, center="median").pvalue) if tested else 1.0

@@ -16,7 +16,7 @@ def pairs(count):
 
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
-# What a user adds to the folder is his own affair.
+# Configs that a user adds are not checked here.
 MAPS = {
     "baseline": BASELINE, "none": [], "add_1": pairs(4), "add_2": pairs(5), "add_3": pairs(6), "add_4": pairs(7),
     "add_5": [[0, 8], [1, 9], [2, 10], [3, 11], [4, 12], [5, 13], [6, 14], [15]],

@@ -324,14 +324,14 @@ def test_a_kill_in_the_last_moment_leaves_no_checkpoint_for_ever(killed, start, 
 
 def test_a_log_that_has_lost_lines_since_its_checkpoint_is_refused(killed, start, log):
     log.write_text("short\n")
-    assert refused(start(), f"{log}: shorter than at its checkpoint; put the log back, or use another run_id")
+    assert refused(start(), f"{log}: missing or shorter than at its checkpoint; put the log back, move the")
 
 
 def test_a_run_that_another_process_runs_is_refused(run, start, config, log, monkeypatch):
     monkeypatch.setattr(run_log, "LOCK_WAIT_S", 1)
     run(config, *RUN, wait=False, fault="at_step(0, hang)")
     wait_until(lambda: log.exists() and "step:0/6 val_loss" in log.read_text())
-    assert refused(start(), f"{log}: another process runs this; wait for its end or use another run_id")
+    assert refused(start(), f"{log}: another process is running it; wait for its end or use another run_id")
 
 
 def of_another(name, value):
@@ -372,9 +372,9 @@ def test_a_checkpoint_of_another_run_or_damaged_or_with_code_is_refused(killed, 
     (3, [], "", "sequences_per_step: 2 sequences cannot be divided among 3 ranks"),
     (2, ["--train_files", "nowhere/*.bin"], "rank() == 0 and time.sleep(1)", "no file matches nowhere/*.bin"),
     (2, ["--value_embeddings", "[[3]]", "--seed", "7"], "rank() == 1 and time.sleep(1)",
-     "rank 1: value_embeddings, seed not as on rank 0"),
+     "rank 1: value_embeddings, seed differ from rank 0's"),
     (2, [], "text = train.program_text(); train.program_text = lambda: text + str(rank())",
-     "rank 1: code not as on rank 0"),
+     "rank 1: code differ from rank 0's"),
 ], ids=["on all", "data", "config", "program"])
 def test_a_mistake_on_any_rank_is_said_once(run, config, tmp_path, ranks, options, fault, fragment):
     """As on a node that lacks the data or has another version of the config, whichever comes first."""

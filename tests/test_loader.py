@@ -95,10 +95,10 @@ def test_the_number_of_shards_that_a_config_needs(num_iterations, step_tokens, c
 @pytest.mark.parametrize("length, first, bytes_read", [(10**6, 999_999, 2 * 10**6), (25_000_000, 24_990_000, 2**21)])
 def test_a_token_id_outside_the_vocabulary_is_found(tmp_path, monkeypatch, length, first, bytes_read):
     """A single one in a small shard; in a large one, of which 2 MiB are read, one near the end."""
-    write_shard(tmp_path / "b.bin", np.uint16(300) * (np.arange(length, dtype=np.int32) == first))
+    write_shard(tmp_path / "b.bin", np.uint16(256) * (np.arange(length, dtype=np.int32) == first))
     read, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, start: read.append(size) or pread(file, size, start))
-    with pytest.raises(ValueError, match="b.bin: holds token id 300, but vocab_size is 256; use data") as raised:
+    with pytest.raises(ValueError, match="b.bin: holds token id 256, but vocab_size is 256; use data") as raised:
         check_stream(f"{tmp_path}/*.bin", 256, 100, 1, "a test", None)
     assert sum(read) == bytes_read and not isinstance(raised.value, MissingShardsError)
 
@@ -117,7 +117,7 @@ NONE, GAP, SHORT, WHOLE, CUT = 4 * [0], [1_590, 0, 1_590, 1_590], 4 * [1_590], 4
     (GAP, TRAIN, 16, 1, f"{TWO} is missing though later shards are there", 2),  # by count, one is enough
     (GAP, "fineweb_train_00000[13].bin", 30, 1, "", None),  # the pattern omits it on purpose
     (SHORT, TRAIN, 46, 1, "too few tokens", 1),  # by count, one is enough: they are damaged
-    (SHORT, TRAIN, 46, 4, r"few tokens: a test needs 4,600 \(46 x 100\) .* has 4,770 \(shards: 3\), good for 45;", 4),
+    (SHORT, TRAIN, 46, 4, r"few tokens: a test needs 4,600 \(46 x 100\) .* has 4,770 \(shards: 3\), enough for 45;", 4),
     (SHORT, TRAIN, 46, None, "too few tokens", None),  # even all are too few
     (SHORT, VAL, 16, 3, "too few tokens", None),  # there is one validation shard
     (SHORT, "elsewhere/*.bin", 1, 1, "no file matches", None),

@@ -34,7 +34,8 @@ def test_only_complete_step_lines_count(line, n):
 
 
 def test_the_code_is_that_of_the_files_that_decide_the_numbers():
-    texts = [(name, log_format.ROOT / name) for name in ("train_gpt_medium.py", "data/loader.py", "data/shards.py")]
+    texts = [(name, log_format.ROOT / name) for name in ("train_gpt_medium.py", "configs/checks.py", "data/loader.py",
+                                                           "data/shards.py")]
     assert log_format.program_text() == "\n".join(f"# {name}\n{path.read_text('utf-8')}" for name, path in texts)
 
 

@@ -25,25 +25,25 @@ KEYS = [
     (dict(train_seq_len=1000), "train_seq_len: 1000 is not a multiple of 128; use 1024"),
     (dict(value_embeddings="0"), "value_embeddings: expected a list"),
     (dict(value_embeddings=[0, 13]), "a list of layers, not of tables; for one table write [[0, 13]]"),
-    (dict(value_embeddings=[[1], 0]), "value_embeddings: table 1: 0 is not a list of layers; list the layers that use"),
-    (dict(value_embeddings=[[0], []]), "table 1: [] is not a list of layers"),
-    (dict(value_embeddings=[{"source": "bigram"}]), "table 0: layers is missing; list the layers"),
-    (dict(value_embeddings=[{"layers": [1], "row": 9}]), "table 0: unknown key row; use layers, source, rows, heads"),
-    (dict(value_embeddings=[{"layers": [1], "source": "pair"}]), 'table 0: source "pair" does not exist; use token or'),
-    (dict(value_embeddings=[{"layers": [1], "rows": 9}]), "table 0: rows: a token source has no choice of rows"),
-    (dict(value_embeddings=[{"layers": [1], "source": "bigram", "rows": 1}]), "rows is 1; use an integer of at least"),
-    (dict(value_embeddings=[{"layers": [1], "heads": 0}]), "table 0: heads is 0; use an integer of at least 1"),
-    (dict(value_embeddings=[{"layers": [1], "heads": 2}]), "table 0: heads is 2; use at most 1"),
-    (dict(value_embeddings=[{"layers": [1, 1]}]), "table 0: layer 1 is listed twice"),
+    (dict(value_embeddings=[[1], 0]), "value_embeddings: entry 1: 0 is not a list of layers; list the layers that use"),
+    (dict(value_embeddings=[[0], []]), "entry 1: [] is not a list of layers"),
+    (dict(value_embeddings=[{"source": "bigram"}]), "entry 0: layers is missing; list the layers"),
+    (dict(value_embeddings=[{"layers": [1], "row": 9}]), "entry 0: unknown key row; use layers, source, rows, heads"),
+    (dict(value_embeddings=[{"layers": [1], "source": "pair"}]), 'entry 0: source "pair" does not exist; use token or'),
+    (dict(value_embeddings=[{"layers": [1], "rows": 9}]), "entry 0: rows: a token source has no choice of rows"),
+    (dict(value_embeddings=[{"layers": [1], "source": "bigram", "rows": 1}]), "rows is 1; use an integer from 2 to"),
+    (dict(value_embeddings=[{"layers": [1], "heads": 0}]), "entry 0: heads is 0; use an integer from 1 to 256"),
+    (dict(value_embeddings=[{"layers": [1], "heads": 2}]), "entry 0: heads is 2; use at most 1"),
+    (dict(value_embeddings=[{"layers": [1, 1]}]), "entry 0: layer 1 is listed twice"),
     (dict(value_embeddings_only=[3]), "value_embeddings_only: layer 3 would have no values; add it to"),
     (dict(value_embeddings_only=[7]), "value_embeddings_only: layer 7 has no attention"),
     (dict(value_embedding_betas=[0.8]), "value_embedding_betas: [0.8] is not two numbers from 0 to below 1"),
     (dict(value_embedding_betas=[0.8, 1]), "value_embedding_betas: [0.8, 1] is not two numbers from 0 to below 1"),
-    (dict(value_embeddings=[["a"]]), 'table 0: layer "a" does not exist; use integers from 0 to 15'),
-    (dict(value_embeddings=[[True]]), "table 0: layer true does not exist"),
-    (dict(value_embeddings=[[16]]), "table 0: layer 16 does not exist"),
-    (dict(value_embeddings=[[0], [7]]), "table 1: layer 7 has no attention; remove it"),
-    (dict(value_embeddings=[[3, 3]]), "table 0: layer 3 is listed twice; remove one"),
+    (dict(value_embeddings=[["a"]]), 'entry 0: layer "a" does not exist; use integers from 0 to 15'),
+    (dict(value_embeddings=[[True]]), "entry 0: layer true does not exist"),
+    (dict(value_embeddings=[[16]]), "entry 0: layer 16 does not exist"),
+    (dict(value_embeddings=[[0], [7]]), "entry 1: layer 7 has no attention; remove it"),
+    (dict(value_embeddings=[[3, 3]]), "entry 0: layer 3 is listed twice; remove one"),
     (dict(model_dim=256), "model_dim: 256 is not 128 * num_heads; use 128 with num_heads 1"),
     (dict(val_tokens=1000), "val_tokens: 1000 is not divisible by val_seq_len 256; use 1024"),
     (dict(scale="tinny"), "small.toml: scale: "),
@@ -63,12 +63,14 @@ WORDS = [
     (["--cooldown_frac", "nan"], "--cooldown_frac: nan is too small"),
     (["--value_embedding_std", "inf"], "--value_embedding_std: inf is too large"),
     (["--save_checkpoint", "True"], '--save_checkpoint: expected true or false, found "True"'),
-    (["--value_embeddings", "[[0,"], "--value_embeddings: expected a list, found \"[[0,\"; quote the list"),
+    (["--value_embeddings", "[[0,"], '--value_embeddings: expected a list, found "[[0,"; close its brackets and quote'),
     (["--value_embeddings", "[[0,", "13]]"], "unexpected argument 13]]"),
     (["--num_iteration", "5"], "--num_iteration: unknown key; did you mean --num_iterations?"),
-    (["--num_iterations"], "expected one argument"),
-    (["--scale", "tinny"], "configs/scales/tinny.toml: no such file; did you mean configs/scales/tiny.toml?"),
-    (["--value_embeddings", '[{layers = [1], source = "x"}]'], '--value_embeddings: table 0: source "x" does not'),
+    (["--num_iterations"], "expected one argument"), (["--value_embedding_lr", 400 * "9"], "is too large; use at most"),
+    (["--value_embeddings", 3000 * "["], "--value_embeddings: expected a list"),
+    (["--step_timeout", 20 * "9"], "is too large; use at most 1000000000"),
+    (["--scale", "tinny"], "configs/scales/tinny.toml: not a file; did you mean configs/scales/tiny.toml?"),
+    (["--value_embeddings", '[{layers = [1], source = "x"}]'], '--value_embeddings: entry 0: source "x" does not'),
     (["other.toml"], "unexpected argument other.toml"),
     (["--train_files", "\udce9*.bin"], "train_files: no file matches \\udce9*.bin"),
 ]
@@ -76,7 +78,7 @@ WORDS = [
 
 def draw(entries, only=()):
     letters = {kind: source.letter for kind, source in train.SOURCES.items()}
-    return checks.draw_map(entries, only, letters, num_heads=8, is_scaled=False)
+    return checks.draw_map(entries, only, letters, num_heads=8, scale="")
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_a_mistake_is_one_line(check, small_config, small_data, tmp_path, keys, 
 
 
 def test_a_missing_config_has_a_suggestion(check):
-    assert_one_line(check("configs/basline.toml"), "configs/basline.toml: no such file; did you mean "
+    assert_one_line(check("configs/basline.toml"), "configs/basline.toml: not a file; did you mean "
                     "configs/baseline.toml?")
 
 
@@ -135,12 +137,18 @@ def init_with_extra_parameter(self, *args, original=train.CausalSelfAttention.__
     self.extra_w = torch.nn.Parameter(torch.zeros(2, 2))
 
 
-def test_weights_of_another_map_are_refused_with_what_differs(check, small_config, tmp_path):
+@pytest.mark.parametrize("keys, what", [
+    (dict(value_embedding_gate=True), "blocks.0.attn.ve_gate_w is missing (6 in all)"),
+    (dict(value_embeddings=[*BASELINE, {"layers": [3], "source": "embedding"}]), "value_embeds.3.proj_w is missing"),
+    (dict(value_embeddings=BASELINE[:2]), "value_embeds.2.weight is not in this model"),
+    (dict(value_embeddings=[*BASELINE[:2], {"layers": [2, 15], "source": "bigram", "rows": 9}]),
+     "value_embeds.2.weight is [256, 128] instead of [9, 128]"),
+])
+def test_weights_of_another_map_are_refused_with_what_differs(check, small_config, tmp_path, keys, what):
     path = tmp_path / "init.pt"
     torch.save({"model": golden_weights(BASELINE, 128, 256)}, path)
     assert check(small_config(init_from=str(path)))[0] == 0
-    assert_one_line(check(small_config(init_from=str(path), value_embedding_gate=True)),
-                    f"small.toml: init_from: {path}: parameter blocks.0.attn.ve_gate_w is missing (6 in all)")
+    assert_one_line(check(small_config(init_from=str(path), **keys)), f"toml: init_from: {path}: parameter {what}")
 
 
 def fineweb_elsewhere(folder, monkeypatch):

@@ -247,6 +247,13 @@ def test_logits_are_capped_at_15_and_the_padded_vocabulary_counts():
     assert loss.item() == pytest.approx(math.log1p(255 * math.exp(-logit)), rel=0.02)
 
 
+@pytest.mark.parametrize("window, loss", [(2, 5.746621), (3, 5.746937)])
+def test_the_whole_models_loss_is_what_it_was_when_the_golden_cases_held(window, loss):
+    """A quick guard: another activation, skip or long-window layer changes it."""
+    model = with_golden_weights(PAIRS, value_embedding_gate=True)
+    assert model(*sequence(512), torch.tensor(window, dtype=torch.int32)).item() == pytest.approx(loss, abs=5e-6)
+
+
 def test_the_loss_of_a_long_sequence_is_computed_in_chunks(monkeypatch):
     model, batch = with_golden_weights(), sequence(512)
     whole = model(*batch, WINDOW)

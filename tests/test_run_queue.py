@@ -238,7 +238,7 @@ def test_a_second_queue_is_refused_with_the_process_of_the_first(folder):
     process = start_waiting(folder)
     second = run(folder, "one.toml")
     assert second.status == 2 and len(second.err.splitlines()) == 1 and second.out == ""
-    assert f"process {process.pid} is a queue that already runs on this machine" in second.err
+    assert f"process {process.pid} is already running a queue on this machine" in second.err
     state = json.loads(next(folder.glob("logs/.queue.*.json")).read_text())
     assert state == dict(pid=process.pid, run=1, runs=2, log=f"{folder}/logs/one/000.txt", mean_s=0)
     process.terminate()

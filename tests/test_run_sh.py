@@ -64,9 +64,11 @@ def run(clone, *arguments, command=None, **environment):
 def test_it_takes_PYTHON_or_else_venv_or_else_python3(clone, tmp_path):
     active = make_active_python(clone, modules=MODULES)
     assert run(clone, "a b.toml", "-n", "2") == (0, [f"{active} run_queue.py a b.toml -n 2"])
-    venv, other = make_python(clone / ".venv"), make_python(tmp_path / "other")
+    venv, other = make_python(clone / ".venv"), make_python(tmp_path / "other", MODULES)
     assert run(clone)[1][-1] == f"{venv} run_queue.py"
     assert run(clone, PYTHON=str(other)) == (0, [f"{other} run_queue.py"])
+    status, lines = run(clone, PYTHON=str(venv))
+    assert status == 2 and lines[-1:] == [f"run.sh: {venv} lacks torch; correct or unset PYTHON"]
 
 
 @pytest.mark.parametrize("options, lacking", [

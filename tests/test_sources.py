@@ -10,6 +10,7 @@ from golden import golden_weights
 from helpers import relative_error, val_losses
 
 import train_gpt_medium as train
+from configs import checks
 
 ALL_KINDS = [[0, 13], {"layers": [1, 14, 0], "source": "bigram", "rows": 301, "heads": 1},
              {"layers": [2, 14], "source": "embedding"}, {"layers": [15], "source": "embedding", "heads": 1}]
@@ -113,6 +114,19 @@ def test_decay_and_betas_are_those_of_the_tables_and_maps_are_muons():
     assert set(settings.values()) == {((0.8, 0.95), 0.0)}
     maps = [group for group in muon.param_groups if group["name"] == "value_embeds.*.proj_w"]
     assert [(len(group["params"]), group["weight_decay"], group["lr"]) for group in maps] == [(1, 0.01, 0.025)] * 2
+
+
+@pytest.mark.parametrize("entry, num_heads, scale, heads", [
+    ({"layers": [1]}, 4, "x", 4), ({"layers": [1], "heads": 5}, 4, "x", 3), ({"layers": [1], "heads": 4}, 1, "x", 1),
+    ({"layers": [1], "heads": 3}, 4, "", 3), ({"layers": [1], "heads": 12}, 16, "x", 12)])
+def test_heads_shrink_with_the_scale_rounded_up(entry, num_heads, scale, heads):
+    assert checks.num_source_heads(checks.read_entry(entry), num_heads, scale) == heads
+
+
+def test_equal_entries_are_one_configuration():
+    entries = [{"source": "bigram", "layers": [0]}, {"layers": [1], "source": "token"}, {"layers": [2], "heads": 1}]
+    assert train.Hyperparameters.__dataclass_fields__["value_embeddings"].metadata["check"](entries) == [
+        {"layers": [0], "source": "bigram"}, [1], {"layers": [2], "heads": 1}]
 
 
 @pytest.mark.slow
