@@ -1,8 +1,5 @@
 """Train the modded-nanogpt GPT-2-Medium speedrun's model with a configurable map of value embeddings.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt_medium.py configs/baseline.toml [--scale NAME] [--KEY VALUE ...]
-    python train_gpt_medium.py configs/baseline.toml --check
-
 Unusual parts (authors: https://github.com/KellerJordan/modded-nanogpt#world-record-history; extensions, all off by
 default: configs/README.md):
 - Value embeddings: a table holds a row of d numbers for each token, and attention layers add it to their values
@@ -21,15 +18,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,13 +33,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from configs import checks
 from configs.checks import NO_ATTENTION_LAYER, NUM_LAYERS, num_source_heads, read_entry
 from configs.config import check_log_dir, error_context, expand_path, key, load, parse_command_line, scale_path
-from data.loader import to_inputs_and_targets, train_batches, val_sequences
+from data.loader import train_batches, val_sequences
 from data.shards import MissingShardsError, open_shards
 from logs import checkpoint, distributed, run_log
+from logs.distributed import on_all_ranks
 from logs.log_format import format_step_line, program_text
 
 # -----------------------------------------------------------------------------
-# Constants, with record 8's values; no config changes them (the number of layers is in configs/checks.py)
+# Constants (record 8's values; configs/checks.py has the number of layers), then the keys of a config
 
 HEAD_DIM = 128
 SKIPS = {9: 6, 10: 4, 11: 2}  # layer -> the earlier layer whose output it adds
@@ -56,20 +51,13 @@ GATE_DIM = 16  # features of the attention's input that a value-embedding gate r
 BLOCK_SIZE = 128  # tokens per block of the attention mask
 MAX_WINDOW = 3456  # tokens; the long window grows to it
 LONG_WINDOW_LAYERS = {0, 4, 11, 15}  # every other attention layer sees half of the window
-ADAMW_BETAS, ADAMW_EPS = (0.8, 0.95), 1e-10
-MUON_LR = 0.025
+ADAMW_BETAS, ADAMW_EPS, MUON_LR = (0.8, 0.95), 1e-10, 0.025
 MIN_MOMENTUM, MAX_MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300  # Muon's momentum rises linearly over these steps
 NEWTON_SCHULZ_COEFFICIENTS = (  # (a, b, c) of each iteration, by @YouJiacheng
     (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012))
+Mask = BlockMask | Tensor  # on CUDA | on a CPU
 LOSS_CHUNK_TOKENS = 64 * 1024  # logits of 65,536 tokens take 13 GB in fp32, so longer sequences are split
-
-# -----------------------------------------------------------------------------
-# Configuration
-
-
-def check_map(entries: list) -> list:
-    return checks.check_entries(entries, {kind: source.has_rows for kind, source in SOURCES.items()})
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,8 @@ class Hyperparameters:
     scale: str = key("", "size and data: a name in configs/scales, or a .toml file; its keys override the config's")
     value_embeddings: list = key(
         [[0, 13], [1, 14], [2, 15]], "the layers of each source of values, as [0, 13] for a table of tokens, or "
-        '{layers = [0, 13], source = "token" | "bigram" | "embedding", rows = R, heads = H}', check=check_map)
+        '{layers = [0, 13], source = "token" | "bigram" | "embedding", rows = R, heads = H}',
+        check=lambda entries: checks.check_entries(entries, {kind: s.has_rows for kind, s in SOURCES.items()}))
     value_embeddings_only: list = key([], "layers that use only their sources' values", check=checks.check_layers)
     value_embedding_gate: bool = key(False, "give each layer with sources a gate per head on their sum")
     value_embedding_std: float = key(1.0, "standard deviation of the token tables' initial values", min=0, max=1000)
@@ -113,15 +102,6 @@ class Hyperparameters:
         return self.val_tokens // self.val_seq_len
 
 
-def check_keys_together(hp: Hyperparameters, world_size: int) -> None:
-    """Raise ValueError if keys contradict each other or the number of ranks."""
-    checks.check_sources(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, hp.scale)
-    checks.check_sizes(hp.model_dim, HEAD_DIM * hp.num_heads, hp.val_tokens, hp.val_seq_len)
-    checks.check_world_size(world_size, hp.sequences_per_step, hp.num_val_sequences)
-    if hp.run_id is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        raise ValueError("run_id: torchrun can restart only a numbered run; give --run_id or --max-restarts=0")
-
-
 # -----------------------------------------------------------------------------
 # Masks
 #
@@ -129,18 +109,11 @@ def check_keys_together(hp: Hyperparameters, world_size: int) -> None:
 # every key of a *full* block; mask_mod masks a *partial* block token by token. FlexAttention has no backward on a CPU,
 # where the same blocks make a dense mask.
 
-Mask = BlockMask | Tensor
-
 
 class VisibleBlocks(NamedTuple):
     """The key blocks that each query block attends to: bool, (query blocks, key blocks)."""
     partial: Tensor
     full: Tensor
-
-
-def document_ids(tokens: Tensor, eot_id: int) -> Tensor:
-    """Return the number (T,) of each token's document; the end-of-text token starts a document."""
-    return (tokens == eot_id).cumsum(0)
 
 
 def document_blocks(docs: Tensor) -> VisibleBlocks:
@@ -201,7 +174,7 @@ def dense_mask(blocks: VisibleBlocks, docs: Tensor) -> Tensor:
 
 def attention_masks(tokens: Tensor, eot_id: int, window: Tensor) -> tuple[Mask, Mask]:
     """Return the long-window and the short-window layers' masks for tokens (T,)."""
-    docs = document_ids(tokens, eot_id)
+    docs = (tokens == eot_id).cumsum(0)  # (T,) the number of each document, which the end-of-text token starts
     blocks = document_blocks(docs)
     make_mask = flex_mask if tokens.device.type == "cuda" else dense_mask
     return make_mask(apply_window(blocks, window), docs), make_mask(apply_window(blocks, window // 2), docs)
@@ -287,7 +260,7 @@ class Rotary(nn.Module):
 
 class TokenTable(nn.Embedding):
     """Read a row for each token; weight (V, 128 * heads)."""
-    letter, has_rows = "o", False  # in the drawing of the map; whether an entry of the map may set `rows`
+    has_rows = False  # whether an entry of the map may set `rows`
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(hp.vocab_size, HEAD_DIM * heads)
@@ -299,7 +272,7 @@ class TokenTable(nn.Embedding):
 
 class BigramTable(nn.Embedding):
     """Read a row for each hashed pair of tokens (modded-nanogpt's pull request 201); weight (rows, 128 * heads)."""
-    letter, has_rows = "b", True
+    has_rows = True
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(rows, HEAD_DIM * heads, _weight=torch.zeros(rows, HEAD_DIM * heads))
@@ -314,7 +287,7 @@ class BigramTable(nn.Embedding):
 
 class EmbeddingMap(nn.Module):
     """Map x0 to values, normed per head (value residual learning, https://arxiv.org/abs/2410.17897)."""
-    letter, has_rows = "e", False
+    has_rows = False
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__()
@@ -347,17 +320,13 @@ class CausalSelfAttention(nn.Module):
         values = [v_lambda * norm(v)] if self.has_own_values else []
         if ve:
             ve = [F.pad(s, (0, x.size(1) - s.size(1))) if s.shape != x.shape else s for s in ve]  # 0 for later heads
-            values.append(self.value_embedding(x, [w * source.view_as(v) for w, source in zip(ve_lambdas, ve)]))
+            total = sum_tensors(*(w * source.view_as(v) for w, source in zip(ve_lambdas, ve)))
+            if self.ve_gate_w is not None:  # each head's gate in (0, 2)
+                total = 2 * torch.sigmoid(F.linear(norm(x)[:, :GATE_DIM], self.ve_gate_w))[..., None] * total
+            values.append(total)
         v = sum_tensors(*values)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.type_as(q).transpose(1, 2), mask)
         return F.linear(y.transpose(1, 2).reshape(x.shape), self.qkvo_w[3])
-
-    def value_embedding(self, x: Tensor, weighted_ve: list[Tensor]) -> Tensor:
-        """Return the sum to add to v, (1, T, heads, head_dim), times each head's gate in (0, 2) if there are gates."""
-        total = sum_tensors(*weighted_ve)
-        if self.ve_gate_w is None:
-            return total
-        return 2 * torch.sigmoid(F.linear(norm(x)[:, :GATE_DIM], self.ve_gate_w))[..., None] * total
 
 
 class MLP(nn.Module):
@@ -468,7 +437,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Optimizers
+# Optimizers and their schedules
 
 
 def newton_schulz(u: Tensor) -> Tensor:
@@ -571,18 +540,14 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int)
     adamw_groups = [groups[name] for name in adamw]
     muon_groups = [groups[name] | dict(params=[p for p in groups[name]["params"] if p.shape == shape])
                    for name in muon for shape in dict.fromkeys(p.shape for p in groups[name]["params"])]
-    for group, lr in [*((group, group["lr"]) for group in adamw_groups), *((group, MUON_LR) for group in muon_groups)]:
-        group["initial_lr"] = lr
+    for group in adamw_groups + muon_groups:
+        group["initial_lr"] = group.get("lr", MUON_LR)
     return (torch.optim.AdamW(adamw_groups, betas=ADAMW_BETAS, eps=ADAMW_EPS, weight_decay=0.0, fused=True),
             Muon(muon_groups, lr=MUON_LR, rank=rank, world_size=world_size))
 
 
-# -----------------------------------------------------------------------------
-# Schedules; `step` counts the updates already made
-
-
 def lr_scale(step: int, num_iterations: int, cooldown_frac: float) -> float:
-    """Return the factor of all learning rates: 1, then linearly down to 0 over the last cooldown_frac of the steps."""
+    """Return the factor of all learning rates after `step` updates: 1, then down to 0 in the last cooldown_frac."""
     x = step / num_iterations
     return 1.0 if x < 1 - cooldown_frac else (1 - x) / cooldown_frac
 
@@ -596,12 +561,6 @@ def window_blocks(step: int, num_iterations: int) -> int:
     """Return the long window in blocks: a cubic of the progress, from 1 block to MAX_WINDOW tokens."""
     x = step / num_iterations
     return max(1, math.ceil(MAX_WINDOW * (4 * x**3 - 6 * x**2 + 3 * x) / BLOCK_SIZE))
-
-
-@lru_cache(maxsize=1)
-def window_tensor(blocks: int, device: torch.device) -> Tensor:
-    """Return the window on the device, cached: copying it to a GPU at every step would stall the CPU."""
-    return torch.tensor(blocks, dtype=torch.int32, device=device)
 
 
 def set_schedules(adamw: torch.optim.AdamW, muon: Muon, step: int, hp: Hyperparameters) -> None:
@@ -640,26 +599,27 @@ class Trainer:
         self.train_shards, self.val_shards = open_shards(hp.train_files), open_shards(hp.val_files)
         self.optimizers = make_optimizers(self.model, hp, self.rank, self.world_size)
         self.loss_weight = torch.tensor(1 / hp.sequences_per_step, device=device)
+        self.windows = [torch.tensor(blocks, dtype=torch.int32, device=device)  # made once: a copy would stall the CPU
+                        for blocks in range(MAX_WINDOW // BLOCK_SIZE + 1)]
         if device.type == "cuda":
             torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
             self.model.compile_parts()
             self.optimizers[1].update = torch.compile(muon_update, dynamic=False, fullgraph=True)
 
-    def window(self, step: int) -> Tensor:
-        return window_tensor(window_blocks(step, self.hp.num_iterations), self.device)
-
     def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> list[dist.Work]:
         """Start to sum the gradients over the ranks. Raises ValueError if a parameter has none."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(p.grad is None for p in parameters):
-            name = next(name for name, p in self.model.named_parameters() if p.grad is None)
+        for name in (name for name, p in self.model.named_parameters() if p.grad is None):
             raise ValueError(f"parameter {name} got no gradient: the loss does not depend on it; use it in GPT.forward")
         return [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+
+    def loss(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.model(inputs, targets, self.windows[window_blocks(step, self.hp.num_iterations)])
 
     def train_step(self, step: int, inputs: Tensor, targets: Tensor) -> None:
         """Update the weights from this rank's sequences, (n, train_seq_len) each."""
         for sequence, sequence_targets in zip(inputs, targets):
-            self.model(sequence, sequence_targets, self.window(step)).backward(gradient=self.loss_weight)
+            self.loss(step, sequence, sequence_targets).backward(gradient=self.loss_weight)
         reductions = [self.reduce_gradients(optimizer) for optimizer in self.optimizers]
         set_schedules(*self.optimizers, step, self.hp)
         for optimizer, works in zip(self.optimizers, reductions):
@@ -675,7 +635,7 @@ class Trainer:
         losses = torch.zeros(self.hp.num_val_sequences, device=self.device)
         for number, inputs, targets in val_sequences(self.val_shards, self.hp.val_seq_len, self.hp.num_val_sequences,
                                                      self.rank, self.world_size, self.device):
-            losses[number] = self.model(inputs, targets, self.window(step))
+            losses[number] = self.loss(step, inputs, targets)
             distributed.reset_watchdog(self.timeout_s)
         dist.all_reduce(losses)
         return losses.double().mean().item()
@@ -686,17 +646,14 @@ class Trainer:
         distributed.reset_watchdog(self.timeout_s)
         if hp.warmup_steps == 0:
             return
-        weights = deepcopy(self.model.state_dict())
-
-        def random_sequences(count: int, seq_len: int) -> tuple[Tensor, Tensor]:
-            tokens = np.random.default_rng(0).integers(hp.vocab_size, size=count * seq_len + 1)
-            return to_inputs_and_targets(tokens, seq_len, self.device)
-
+        weights = {name: w.clone() for name, w in self.model.state_dict().items()}
+        tokens = torch.randint(hp.vocab_size, (hp.sequences_per_step // self.world_size, hp.train_seq_len),
+                               device=self.device)
         for _ in range(hp.warmup_steps):
-            self.train_step(0, *random_sequences(hp.sequences_per_step // self.world_size, hp.train_seq_len))
-        inputs, targets = random_sequences(1, hp.val_seq_len)  # a validation that does not fit in memory fails here
+            self.train_step(0, tokens.int(), tokens)
+        tokens = torch.randint(hp.vocab_size, (hp.val_seq_len,), device=self.device)
         with torch.no_grad():
-            self.model(inputs[0], targets[0], self.window(0))
+            self.loss(0, tokens.int(), tokens)  # a validation that does not fit in memory fails here
         self.model.load_state_dict(weights)
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -704,23 +661,14 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-class Run(NamedTuple):
-    """A checked run with its log, locked on rank 0, and the state of its checkpoint if it resumes."""
-    hp: Hyperparameters
-    device: torch.device
-    identity: dict[str, Any]  # keys, data and code: what decides the numbers
-    drawing: str
-    log: run_log.RunLog
-    state: dict[str, Any] | None
-
-
-def train(trainer: Trainer, run: Run, stop: distributed.StopFlag, first_step: int, time_ms: float) -> None:
+def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop: distributed.StopFlag, first_step: int,
+          time_ms: float) -> None:
     """Validate and train from `first_step`, after `time_ms` of training in earlier sessions.
 
     Timed: steps, waits for their data, log lines and the exchange of signals. Not timed: validations and checkpoints.
     Raises Diverged if a loss, weight or optimizer state is not finite, Stopped after a signal.
     """
-    hp, log, device = trainer.hp, run.log, trainer.device
+    hp, device = trainer.hp, trainer.device
     batches = train_batches(trainer.train_shards, hp.sequences_per_step, hp.train_seq_len, first_step,
                             hp.num_iterations, trainer.rank, trainer.world_size, device)
     log.show_progress(hp.num_iterations, first_step)
@@ -743,30 +691,31 @@ def train(trainer: Trainer, run: Run, stop: distributed.StopFlag, first_step: in
         if signal_number or (hp.checkpoint_every and (step + 1) % hp.checkpoint_every == 0):
             time_ms += 1000 * (distributed.synchronize(device) - started_at)
             if hp.checkpoint_every:
-                checkpoint.save(log, run.identity, trainer.model, trainer.optimizers, step + 1, time_ms)
+                checkpoint.save(log, identity, trainer.model, trainer.optimizers, step + 1, time_ms)
             if signal_number:
                 raise distributed.Stopped(signal_number, has_checkpoint=hp.checkpoint_every > 0)
             started_at = distributed.synchronize(device)
 
 
-def run_training(run: Run) -> None:
-    """Train on every rank, from the warm-up to the last line of the log. Raises what `train` raises."""
-    hp, log, state, stop = run.hp, run.log, run.state, distributed.StopFlag(run.log)
-    step, time_ms = checkpoint.begin_log(log, run.identity, state, run.drawing, run.device)
+def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, Any], drawing: str,
+                 log: run_log.RunLog, state: dict[str, Any] | None) -> None:
+    """Train on every rank, from the warm-up, or from a checkpoint's `state`. Raises what `train` raises."""
+    stop = distributed.StopFlag(log)
+    step, time_ms = checkpoint.begin_log(log, identity, state, drawing, device)
     log.line(f"log: {log.path}\nwarm-up: {run_log.plural(hp.warmup_steps, 'step')}, not timed, then undone")
-    trainer = Trainer(hp, run.device)
+    trainer = Trainer(hp, device)
     trainer.warm_up()
     if state is not None:
         checkpoint.restore(state, trainer.model, *trainer.optimizers)
         state.clear()  # the memory-mapped file would keep its place on the disk until the end of the run
-    train(trainer, run, stop, step, time_ms)
+    train(trainer, log, identity, stop, step, time_ms)
     if log.path is not None:
         if hp.save_checkpoint:
-            checkpoint.write_weights(log, trainer.model, hp.num_iterations, run.identity["code"])
-        log.line(distributed.peak_memory(run.device))
+            checkpoint.write_weights(log, trainer.model, hp.num_iterations, identity["code"])
+        log.line(distributed.peak_memory(device))
         checkpoint.remove(run_log.checkpoint_path(log.path))
     log.end("finished")
-    distributed.synchronize(run.device)
+    distributed.synchronize(device)
 
 
 # -----------------------------------------------------------------------------
@@ -776,7 +725,9 @@ def run_training(run: Run) -> None:
 def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
     """Check all but the data; return the map's drawing and the parameter counts. Raises ValueError for a mistake."""
     with error_context(str(config)):
-        check_keys_together(hp, world_size)
+        checks.check_sources(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, hp.scale)
+        checks.check_sizes(hp.model_dim, HEAD_DIM * hp.num_heads, hp.val_tokens, hp.val_seq_len)
+        checks.check_world_size(world_size, hp.sequences_per_step, hp.num_val_sequences, hp.run_id)
         check_log_dir(Path(hp.log_dir))
         with torch.device("meta"):  # no memory behind its parameters
             model = GPT(replace(hp, train_seq_len=BLOCK_SIZE, val_seq_len=BLOCK_SIZE))
@@ -784,8 +735,7 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
             with error_context("init_from"):
                 checkpoint.read_weights(hp.init_from, model)
         groups = [group for optimizer in make_optimizers(model, hp, 0, 1) for group in optimizer.param_groups]
-    letters = {kind: source.letter for kind, source in SOURCES.items()}
-    drawing = checks.draw_map(hp.value_embeddings, hp.value_embeddings_only, letters, hp.num_heads, hp.scale)
+    drawing = checks.draw_map(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, hp.scale)
     return f"{drawing}\n{checks.count_parameters(groups)}"
 
 
@@ -795,7 +745,7 @@ def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str,
                          hp.num_iterations, hp.val_files, hp.val_seq_len, hp.num_val_sequences)
     identity = asdict(hp) | data | {"device": device_type, "code": program_text()}
     if hp.init_from:
-        identity["init_sha256"] = hashlib.sha256(np.memmap(hp.init_from, np.uint8, "r")).hexdigest()[:16]
+        identity["init_sha256"] = hashlib.sha256(Path(hp.init_from).read_bytes()).hexdigest()[:16]
     with error_context(str(config)):
         run_log.check_finished_runs(run_log.log_path(hp.log_dir, hp.scale, config, 0).parent, identity)
     return identity
@@ -813,21 +763,20 @@ def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
         fetch = error.command
     log_folder = run_log.log_path(hp.log_dir, hp.scale, config, 0).parent
     files = [str(config), *([str(scale_path(hp.scale))] if hp.scale else [])]
+    world_sizes = checks.valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
     return dict(config=str(config), files=files, log_folder=str(log_folder), configuration=asdict(hp), drawing=drawing,
-                world_sizes=checks.valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences), devices=devices,
-                device_kind=device_kind, fetch=fetch)
+                num_ranks=max(n for n in world_sizes if n <= devices), devices=devices, device_kind=device_kind,
+                fetch=fetch)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Check, then train. Returns the exit status; a user's mistake is one line and status 2."""
-    on_all_ranks = distributed.on_all_ranks
     distributed.start_process_group()
     configs, overrides, options = on_all_ranks(parse_command_line, Hyperparameters, arguments, __doc__)
     if options.json:
         run_log.say(json.dumps([on_all_ranks(check_for_queue, config, overrides) for config in configs]))
         return 0
-    config = configs[0]
-    hp = on_all_ranks(load, Hyperparameters, config, overrides)
+    config, hp = configs[0], on_all_ranks(load, Hyperparameters, configs[0], overrides)
     device = on_all_ranks(distributed.find_device)
     drawing = on_all_ranks(check_run, hp, config, dist.get_world_size())
     if dist.get_rank() == 0:
@@ -842,7 +791,7 @@ def main(arguments: Sequence[str]) -> int:
     identity, resume_from = distributed.gather((identity, state and run_log.checkpoint_path(log.path)))[0]
     hp = replace(hp, run_id=identity["run_id"], seed=identity["seed"])
     state = on_all_ranks(checkpoint.load, resume_from) if resume_from else None
-    return distributed.run_and_report(log, run_training, Run(hp, device, identity, drawing, log, state))
+    return distributed.run_and_report(log, run_training, hp, device, identity, drawing, log, state)
 
 
 if __name__ == "__main__":

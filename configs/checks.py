@@ -6,6 +6,7 @@ An entry of the map is a list of layers, which stands for a table with a row per
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,13 +117,14 @@ def check_sources(entries: list, only: list[int], num_heads: int, scale: str) ->
                              "or remove it here")
 
 
-def draw_map(entries: list, only: list[int], letters: dict[str, str], num_heads: int, scale: str) -> str:
+def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
     """Draw the layers from first to last, a column per source: its letter where a layer uses it, | between its uses.
 
-    Args: the map; the layers without values of their own; each kind's letter; heads as for `num_source_heads`.
+    Args: the map; the layers without values of their own; heads as for `num_source_heads`.
     """
     sources = [read_entry(entry) for entry in entries]
     noun = "table" if all(source.source == "token" for source in sources) else "source"
+    letters = {s.source: "o" if s.source == "token" else s.source[0] for s in sources}
     legend = ", ".join(f"{letters[kind]} {kind}" for kind in dict.fromkeys(source.source for source in sources))
     lines = [f"value embeddings: {len(sources)} {noun}{'s' * (len(sources) != 1)}{f' ({legend})' * (noun == 'source')}"]
     heads = [num_source_heads(source, num_heads, scale) for source in sources]
@@ -162,8 +164,10 @@ def valid_world_sizes(sequences_per_step: int, num_val_sequences: int) -> list[i
     return [n for n in range(1, min(shares, 1024) + 1) if shares % n == 0]
 
 
-def check_world_size(world_size: int, sequences_per_step: int, num_val_sequences: int) -> None:
-    """Raise ValueError if so many ranks cannot share the sequences evenly."""
+def check_world_size(world_size: int, sequences_per_step: int, num_val_sequences: int, run_id: int | None) -> None:
+    """Raise ValueError if the ranks cannot share the sequences evenly, or torchrun may restart an unnumbered run."""
+    if run_id is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("run_id: torchrun can restart only a numbered run; give --run_id or --max-restarts=0")
     for name, count in (("sequences_per_step", sequences_per_step), ("val_tokens", num_val_sequences)):
         if count % world_size:
             valid = " or ".join(map(str, valid_world_sizes(sequences_per_step, num_val_sequences)))

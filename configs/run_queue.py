@@ -17,46 +17,26 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.config import OneLineParser, error_context
 from logs import log_format, run_log, status
+from logs.log_format import ROOT
 from logs.run_log import say
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "train_gpt_medium.py"
 DEFAULT_CONFIG = "configs/baseline.toml"
+Experiment = SimpleNamespace  # a config with the options, as the script's check_for_queue describes it
 EDITED = "its config or the program was edited after the queue started; start the queue again"
 
 
-class Experiment(NamedTuple):
-    """A config with the options, as `train_gpt_medium.py --check --json` describes it."""
-
-    config: str
-    files: list[str]  # the config and its scale
-    log_folder: str
-    world_sizes: list[int]
-    devices: int
-    device_kind: str  # "GPUs" or "CPU cores"
-    configuration: dict[str, Any]
-    drawing: str
-    fetch: list[str]  # arguments for `python` that fetch missing data; [] if none is missing
-
-    def num_ranks(self) -> int:
-        return max(n for n in self.world_sizes if n <= self.devices)
-
-    def read_program(self) -> tuple[list[bytes], str]:
-        """Return what decides the numbers: config and scale, and the code. The texts are empty if one is gone."""
-        with suppress(OSError, ValueError):
-            return [Path(file).read_bytes() for file in self.files], log_format.program_text()
-        return [], ""
-
-
-def complain(text: str) -> None:
-    with suppress(OSError):  # nobody reads it any more
-        print(text, file=sys.stderr, flush=True)
+def read_program(e: Experiment) -> tuple[list[bytes], str] | None:
+    """Return what decides the numbers: config and scale, and the code without comments. None if a file is gone."""
+    with suppress(OSError, ValueError):
+        return [Path(file).read_bytes() for file in e.files], log_format.syntax(log_format.program_text())
 
 
 def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
@@ -147,9 +127,7 @@ class Queue:
         self.outcomes: dict[Path, str] = {}  # log -> why its run failed or diverged, "" if it finished
         with error_context("cannot keep the queue's state; make its file writable"):
             self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        for attempt in itertools.count():
-            if not status.is_locked(self.file, fcntl.LOCK_EX):
-                break
+        for attempt in itertools.takewhile(lambda _: status.is_locked(self.file, fcntl.LOCK_EX), itertools.count()):
             state = status.read_state(path)
             if "pid" in state and status.is_alive(state["pid"]):
                 raise ValueError(f"process {state['pid']} is already running a queue on this machine; wait until it "
@@ -176,7 +154,7 @@ class Queue:
         for run_id, e in itertools.product(run_ids, experiments):
             log = Path(e.log_folder, f"{run_id:03d}.txt")
             if not run_log.is_finished(log):
-                runs.append((e, log, e.read_program()))
+                runs.append((e, log, read_program(e)))
                 continue
             self.outcomes[log] = run_log.failure_reason(log)
             run_log.remove_leftover(log)
@@ -190,11 +168,9 @@ class Queue:
             began, mean_s, name = time.time(), sum(seconds) / max(len(seconds), 1), f"run {number} of {len(runs)}"
             end = time.strftime("%Y-%m-%d %H:%M", time.localtime(began + mean_s * (len(runs) - number + 1)))
             say(f"run.sh: {name}: {log}; projected end {end if mean_s else 'unknown until a run has finished'}; "
-                f"{e.num_ranks()} of {e.devices} {e.device_kind}")
+                f"{e.num_ranks} of {e.devices} {e.device_kind}")
             self.write_state(run=number, runs=len(runs), log=os.path.abspath(log), mean_s=mean_s)
-            files, code = e.read_program()
-            is_edited = files != program[0] or not log_format.is_same_code(code, program[1])
-            why = EDITED if is_edited else self.train_run(e, log, overrides)
+            why = self.train_run(e, log, overrides) if read_program(e) == program else EDITED
             if not why:
                 seconds.append(time.time() - began)
             elif not run_log.is_finished(log) and not self.signals:
@@ -205,16 +181,13 @@ class Queue:
 
     def train_run(self, e: Experiment, log: Path, overrides: list[str]) -> str:
         """Train one run. Returns why it failed or diverged, "" if it did neither."""
-        old_end, ranks = run_log.last_line(log, "ended: "), e.num_ranks()
+        old_end, ranks = run_log.last_line(log, "ended: "), e.num_ranks
         threads = {"OMP_NUM_THREADS": str(e.devices // ranks)} if e.device_kind == "CPU cores" else {}
         environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | threads | os.environ  # seconds for a checkpoint
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", PROGRAM,
                    e.config, *overrides, f"--run_id={int(log.stem)}"]
-
-        def prepare() -> None:
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
-            run_log.end_with_parent(signal.SIGTERM)
-
+        # nohup ignores SIGHUP, with which `watch` stops the run.
+        prepare = (lambda: (signal.signal(signal.SIGHUP, signal.SIG_DFL), run_log.end_with_parent(signal.SIGTERM)))
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0,
                               start_new_session=True, preexec_fn=prepare, pass_fds=[self.file]) as run:
             complaint = self.watch(run)
@@ -247,7 +220,7 @@ class Queue:
                 elif found := re.search(r"Signal \d+ \(SIG\w+\)", line):  # torchrun's words
                     killed = killed or f"a rank was killed by {found[0]}"
                 if line.startswith(f"{PROGRAM}: ") or not self.signals:  # a stopped torchrun has a traceback
-                    complain(line)
+                    say(line, "stderr")
         return complaint or killed
 
     def notify(self, line: str) -> None:
@@ -262,7 +235,7 @@ class Queue:
         """Report how the runs ended, with a line for each that did not finish. Returns the exit status."""
         reasons = {log: why for log, why in self.outcomes.items() if why}
         for log, why in reasons.items():
-            complain(f"run.sh: {log}: {why}")
+            say(f"run.sh: {log}: {why}", "stderr")
         diverged, failed = (sum(why.startswith(how) for why in reasons.values()) for how in ("diverged", "failed"))
         summary = f"{len(self.outcomes) - len(reasons)} finished, {diverged} diverged, {failed} failed"
         if self.signals:
@@ -290,7 +263,7 @@ def main(arguments: list[str]) -> int:
         check_runs(experiments, options.n)
         for e in experiments if options.check else []:
             say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n"
-                f"ranks: {e.num_ranks()} of {e.devices} {e.device_kind}")
+                f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}")
         experiments = fetch_data(experiments, overrides, only_check=options.check)
         check_runs(experiments, options.n)
         if queue is None:
@@ -299,7 +272,7 @@ def main(arguments: list[str]) -> int:
         queue.train(experiments, range(options.run_id, options.run_id + options.n), overrides)
         return queue.summarize()
     except (ValueError, OSError) as error:
-        complain(f"run.sh: {error}")
+        say(f"run.sh: {error}", "stderr")
         return 2
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ncached_fineweb10B.py: interrupted\n"), os._exit(130)))
-
 from data.shards import HEADER_BYTES, num_batches
 
 FINEWEB_FOLDER, SHARD_TOKENS = Path(__file__).resolve().parent / "fineweb10B", 100_000_000
 TRAIN_NAMES = [f"fineweb_train_{number:06d}.bin" for number in range(1, 104)]
 REPOSITORY, ENDPOINT = "kjj0/fineweb10B-gpt2", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-NO_ACCESS = "no access with this token; log in (hf auth login) or correct HF_TOKEN"
-FIXES = {401: NO_ACCESS, 403: NO_ACCESS, 404: "no such dataset, commit or file; check HF_ENDPOINT and revision.json"}
+FIXES = dict.fromkeys((401, 403), "no access with this token; log in (hf auth login) or correct HF_TOKEN")
+FIXES[404] = "no such dataset, commit or file; check HF_ENDPOINT and revision.json"
 
 
 def shard_number(path: str) -> int:
@@ -54,13 +53,11 @@ def read_record(api) -> tuple[str, dict[str, list]]:
 def find_damage(names: list[str], files: dict[str, list], remove: bool) -> dict[str, str]:
     """Return the missing and damaged shards, name -> fault, and remove the damaged ones if told to."""
     damage = {}
-    for name in names:
-        path = FINEWEB_FOLDER / name
+    for path in (FINEWEB_FOLDER / name for name in names):
         content = path.read_bytes() if path.exists() else b""  # 200 MB
-        if hashlib.sha256(content).hexdigest() != files[name][1]:
-            damage[name] = f"{len(content):,} bytes, not the Hub's SHA-256" if path.exists() else "missing"
-            if remove:
-                path.unlink(missing_ok=True)
+        if hashlib.sha256(content).hexdigest() != files[path.name][1]:
+            damage[path.name] = f"{len(content):,} bytes, not the Hub's SHA-256" if path.exists() else "missing"
+            path.unlink(missing_ok=True) if remove else None
     return damage
 
 
@@ -89,16 +86,14 @@ def explain(error: Exception) -> str:
     response = getattr(error, "response", getattr(error.__cause__, "response", None))
     if response is not None:
         return f"{ENDPOINT} answers {response.status_code}: {FIXES.get(response.status_code, 'rerun later')}"
-    if getattr(error, "errno", None) is not None:
-        return f"{error}; check space and permissions of {FINEWEB_FOLDER}, or ask for fewer shards"
-    if type(error) is ValueError:
-        return str(error)
+    if type(error) is ValueError or getattr(error, "errno", None) is not None:
+        fix = f"; check space and permissions of {FINEWEB_FOLDER}, or ask for fewer shards"
+        return f"{error}{fix if isinstance(error, OSError) else ''}"
     text = "wrong file size" if type(error) is OSError else error  # the library's text holds a signed address
     return f"no valid answer from {ENDPOINT} ({type(error).__name__}: {text}); check the network, HF_ENDPOINT, HF_TOKEN"
 
 
 def main(arguments: list[str]) -> None:
-    """Run the command; exit with status 2 and one line if it fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.error = lambda message: parser.exit(2, f"cached_fineweb10B.py: {message}; see --help\n")
     parser.add_argument("num_shards", nargs="?", type=int, metavar="NUM_SHARDS", help="default: all 103")
@@ -111,7 +106,6 @@ def main(arguments: list[str]) -> None:
     try:
         from filelock import FileLock
         FINEWEB_FOLDER.mkdir(parents=True, exist_ok=True)
-        print(f"{FINEWEB_FOLDER}: waiting for other fetches, then comparing", flush=True)
         with FileLock(FINEWEB_FOLDER / ".lock"):
             update(["fineweb_val_000000.bin", *TRAIN_NAMES[:count]], options.check)
     except Exception as error:  # the HTTP library's and Xet's errors have no common base

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from logs.run_log import RunLog, end_with_parent, plural
+from logs.run_log import RunLog, end_with_parent, plural, say
 
 START_TIMEOUT_S = 1200  # watchdog limit until the first step is done, because kernels compile
 
@@ -71,7 +71,7 @@ def on_all_ranks(function: Callable[..., Any], *arguments: Any) -> Any:
         error_line = one_line(error)
     error_lines = [line for line in dict.fromkeys(gather(error_line)) if line]
     for line in error_lines if dist.get_rank() == 0 else []:
-        print_error(line)
+        say(f"train_gpt_medium.py: {line}", "stderr")
     gather(None)  # until rank 0 has printed: torchrun ends the other ranks as soon as one has exited
     if error_lines:
         sys.exit(2)
@@ -88,12 +88,6 @@ def check_equal_on_ranks(values: dict[str, Any]) -> None:
 def one_line(error: BaseException) -> str:
     """Return an error's message as one line of valid UTF-8: file names can contain any bytes."""
     return " ".join(str(error).split()).encode(errors="backslashreplace").decode()
-
-
-def print_error(line: str) -> None:
-    """Print an error on standard error; do nothing if it is closed."""
-    with suppress(OSError):
-        print(f"train_gpt_medium.py: {line}", file=sys.stderr, flush=True)
 
 
 class Diverged(Exception):
@@ -157,7 +151,7 @@ def run_and_report(log: RunLog, function: Callable[..., None], *arguments: Any) 
         why = f"{type(error).__name__}: {one_line(error)}"
     log.end(why)
     if dist.get_rank() == 0 or not is_on_all_ranks:
-        print_error(f"{log.path or f'rank {dist.get_rank()}'}: {why}")
+        say(f"train_gpt_medium.py: {log.path or f'rank {dist.get_rank()}'}: {why}", "stderr")
     if is_on_all_ranks:
         gather(None)  # torchrun ends the other ranks as soon as one has exited
     os._exit(status)  # destroy_process_group would wait for ranks that are gone

@@ -39,12 +39,13 @@ def end_with_parent(signal_number: int) -> None:
         ctypes.CDLL(None).prctl(1, signal_number)  # PR_SET_PDEATHSIG
 
 
-def say(text: str) -> None:
-    """Print a line. The program continues if standard output is closed."""
+def say(text: str, stream: str = "stdout") -> None:
+    """Print a line on standard output or "stderr". The program continues if that is closed."""
+    file = getattr(sys, stream)
     try:
-        print(text.encode(errors="backslashreplace").decode(), flush=True)  # a file name can hold any bytes
+        print(text.encode(errors="backslashreplace").decode(), file=file, flush=True)  # a file name can hold any bytes
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def is_locked(descriptor: int, operation: int) -> bool:
@@ -166,7 +167,6 @@ class RunLog:
         """Show a bar instead of training lines if standard output is a terminal."""
         if self.path is not None and sys.stdout and sys.stdout.isatty():
             from tqdm import tqdm
-
             self.bar = tqdm(total=num_iterations, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def train_line(self, step: int, num_iterations: int, train_time_ms: float) -> None:

@@ -114,7 +114,7 @@ class Bench:
         write_shard(hp.val_files, make_tokens(hp.val_tokens + 2, hp.vocab_size))
         shards = train.open_shards(hp.train_files)
         self.batch = next(train_batches(shards, hp.sequences_per_step, hp.train_seq_len, 0, 1, 0, 1, DEVICE))
-        self.sequence = (self.batch[0][0], self.batch[1][0], train.window_tensor(MIDDLE_WINDOW, DEVICE))
+        self.sequence = (self.batch[0][0], self.batch[1][0], torch.tensor(MIDDLE_WINDOW, device=DEVICE).int())
         self.rate, self.bandwidth = 0.0, 0.0  # operations and bytes a second; 0: not measured
         machine = f"{torch.cuda.get_device_name(0) if ON_GPU else 'CPU'}, PyTorch {torch.__version__}"
         self.record = dict(machine=f"{machine}, {time.strftime('%Y-%m-%d')}", configuration=asdict(hp), rows=[],
@@ -148,8 +148,8 @@ class Bench:
 
     def visible_blocks(self, window):
         """Return the mask's blocks for the sequence under a window, and the sequence's documents."""
-        docs = train.document_ids(self.sequence[0], self.hp.vocab_size - 1)
-        return train.apply_window(train.document_blocks(docs), train.window_tensor(window, DEVICE)), docs
+        docs = (self.sequence[0] == self.hp.vocab_size - 1).cumsum(0)
+        return train.apply_window(train.document_blocks(docs), torch.tensor(window, device=DEVICE).int()), docs
 
     def attention_operations(self, window):
         """Count one layer's forward: 4 per pair of a query and a key, head, and dimension of the head."""

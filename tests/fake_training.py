@@ -40,7 +40,7 @@ def check(words):
             print(f"train_gpt_medium.py: {config}: {'no shards' if fetch == [] else 'a mistake'}", file=sys.stderr)
             sys.exit(2)
         experiments.append(dict(
-            config=config, files=[config], log_folder=f"logs/{Path(config).stem}", world_sizes=[1, 2, 16], devices=8,
+            config=config, files=[config], log_folder=f"logs/{Path(config).stem}", num_ranks=2, devices=8,
             device_kind=os.environ.get("KIND", "CPU cores"), configuration=configuration,
             drawing=f"map of {Path(config).stem}", fetch=fetch or []))
     print(json.dumps(experiments))

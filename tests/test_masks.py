@@ -37,7 +37,7 @@ def plain_lists(tokens, window):
 
 
 def window_blocks(tokens, window):
-    docs = train.document_ids(tokens, EOT_ID)
+    docs = (tokens == EOT_ID).cumsum(0)
     return docs, train.apply_window(train.document_blocks(docs), torch.tensor(window, dtype=torch.int32))
 
 
@@ -71,7 +71,7 @@ def test_lists_for_flex_attention_name_each_block_once():
 
 def flex_attend(q, k, v, tokens, window):
     """Make the BlockMask of a window and attend under it: one compiled program, as on CUDA."""
-    docs = train.document_ids(tokens, EOT_ID)
+    docs = (tokens == EOT_ID).cumsum(0)
     return train.attend(q, k, v, train.flex_mask(train.apply_window(train.document_blocks(docs), window), docs))
 
 

@@ -184,14 +184,16 @@ def test_a_second_table_of_weight_zero_gives_the_published_function_bit_for_bit(
 
 def test_tables_of_one_layer_are_added_each_with_its_lambda_and_then_gated_by_head():
     torch.manual_seed(0)
-    attn, T = train.CausalSelfAttention(256, 2, is_gated=True), 8
+    attn, T = train.CausalSelfAttention(256, 2, is_gated=True, has_own_values=False), 8
     torch.nn.init.normal_(attn.ve_gate_w)
+    attn.qkvo_w.data[3] = torch.eye(256)
+    itself = torch.full((T, T), -torch.inf).fill_diagonal_(0)  # the mask: the output is the values
     x, first, second = torch.randn(T, 256), torch.randn(T, 256), torch.randn(T, 256)
-    actual = attn.value_embedding(x, [w * row.view(1, T, 2, 128) for w, row in ((0.3, first), (-0.7, second))])
+    actual = attn(x, [first, second], torch.tensor([0.5, 0.3, -0.7]), itself, train.Rotary(T))
     rms = x.double() / (x.double().square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
     gate = 2 * (rms[:, :16] @ attn.ve_gate_w.double().T).sigmoid()
     expected = (0.3 * first - 0.7 * second).double() * gate.repeat_interleave(128, dim=1)
-    assert relative_error(actual.reshape(T, 256), expected) < 1e-6
+    assert relative_error(actual, expected) < 1e-6
 
 
 def test_attention_against_the_formulas():

@@ -4,7 +4,6 @@ import math
 from fractions import Fraction
 
 import pytest
-import torch
 
 import train_gpt_medium as train
 
@@ -27,12 +26,6 @@ def test_muon_momentum(step, momentum):
 ])
 def test_window_blocks(step, n, blocks):
     assert train.window_blocks(step, n) == blocks
-
-
-def test_the_window_is_made_once_for_each_number_of_blocks():
-    """Copying it to the GPU in every step would stall the CPU."""
-    first, second = (train.window_tensor(blocks, torch.device("cpu")) for blocks in (3, 3))
-    assert first is second and (first.item(), first.dtype) == (3, torch.int32)
 
 
 @pytest.mark.parametrize("n", [150, 5820, 5960])

@@ -17,8 +17,7 @@ from logs import checkpoint, distributed, log_format, run_log
 
 def train_to_end(trainer, path):
     """Run the loop from step 0, without signals; return the log's text."""
-    run = train.Run(trainer.hp, trainer.device, {}, "the map", run_log.RunLog(path), None)
-    train.train(trainer, run, SimpleNamespace(poll=lambda: 0), first_step=0, time_ms=0.0)
+    train.train(trainer, run_log.RunLog(path), {}, SimpleNamespace(poll=lambda: 0), first_step=0, time_ms=0.0)
     return path.read_text()
 
 
@@ -38,7 +37,7 @@ def test_accumulated_gradients_are_the_mean_over_the_sequences(small_config, pro
     table = trainer.model.value_embeds[0].weight
     trainer.model.load_state_dict(golden_weights([[0, 13], [1, 14], [2, 15]], 128, 256))
     inputs, targets = next(batches_of(trainer))
-    losses = [trainer.model(*sequence, trainer.window(0)) for sequence in zip(inputs, targets)]
+    losses = [trainer.loss(0, *sequence) for sequence in zip(inputs, targets)]
     expected = torch.autograd.grad(torch.stack(losses).mean(), table)[0]
     found = []
     trainer.optimizers[0].register_step_pre_hook(lambda *_: found.append(table.grad.clone()))
