@@ -37,7 +37,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         unfinished.unlink(missing_ok=True)
-        raise OSError(f"{path}: {error.__context__ or error}") from None
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: {reason}") from None
 
 
 def remove(path: Path) -> None:
