@@ -64,7 +64,8 @@ def test_a_few_steps_of_tiny_learn_more_than_byte_frequencies(run_main, tmp_path
 def test_a_mistake_is_one_line_and_status_2(command):
     process = start(*command, "configs/nowhere.toml")
     output, errors = process.communicate()
-    assert (process.returncode, output, errors.count("\n")) == (2, "", 1) and "configs/nowhere.toml: not a file" in errors
+    assert (process.returncode, output, errors.count("\n")) == (2, "", 1)
+    assert "configs/nowhere.toml: not a file" in errors
 
 
 def test_on_a_terminal_a_bar_replaces_the_training_lines(small_config, tmp_path):

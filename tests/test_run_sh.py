@@ -55,7 +55,8 @@ def make_active_python(clone, **options):
 
 def run(clone, *arguments, command=None, **environment):
     """Return the exit status and the printed lines."""
-    environment = os.environ | {"PATH": f"{clone.parent}/bin:/usr/bin:/bin", "OMP_NUM_THREADS": ""} | environment
+    ours = {"PATH": f"{clone.parent}/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "", "PYTHON": ""}
+    environment = os.environ | ours | environment
     result = subprocess.run([*(command or [clone / "run.sh"]), *arguments], text=True, env=environment,
                             cwd=clone if command else None, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return result.returncode, [line.strip() for line in result.stdout.splitlines()]
