@@ -24,7 +24,7 @@ sys.exit(f"run.sh: {sys.executable} lacks {missing[0]}" if missing else 0)' "${@
 }
 fail() { echo "run.sh: $*" >&2 && exit 2; }
 get_python() { # Sets `python` to one that has the modules $1. In .venv, installs the requirements files $2... once.
-    [ -z "${PYTHON-}" ] || { why=$(has "$PYTHON" $1 2>&1) || fail "${why#run.sh: }; correct or unset PYTHON"; return 0; }
+    [ -z "${PYTHON-}" ] || { why=$(has "$PYTHON" $1 2>&1) || fail "${why#run.sh: }; correct or unset PYTHON"; return; }
     [ -d "$venv" ] || ! has python3 $1 || return 0
     python=$venv/bin/python
     for file in "${@:2}"; do # its copy in .venv says that it is installed there

@@ -576,10 +576,9 @@ def set_schedules(adamw: torch.optim.AdamW, muon: Muon, step: int, hp: Hyperpara
 
 
 class Trainer:
-    """The model, its optimizers and the training step, which is the same function for every world size:
-
-    each rank sums the gradients of its share of the sequences, every loss weighted by 1 / sequences_per_step, and an
-    all-reduce sums over the ranks, in the parameters' dtypes.
+    """Hold the model, its optimizers and the training step. The step is the same function for every world size:
+    each rank sums its sequences' gradients, every loss weighted by 1 / sequences_per_step, and an all-reduce sums over
+    the ranks, in the parameters' dtypes.
     """
 
     def __init__(self, hp: Hyperparameters, device: torch.device):
@@ -609,7 +608,8 @@ class Trainer:
     def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> list[dist.Work]:
         """Start to sum the gradients over the ranks. Raises ValueError if a parameter has none."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for name in (name for name, p in self.model.named_parameters() if p.grad is None):
+        if any(p.grad is None for p in parameters):
+            name = next(name for name, p in self.model.named_parameters() if p.grad is None)
             raise ValueError(f"parameter {name} got no gradient: the loss does not depend on it; use it in GPT.forward")
         return [dist.all_reduce(p.grad, async_op=True) for p in parameters]
 
@@ -742,7 +742,7 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
     """Check the shards and the finished runs in the log folder; return a new run's identity. Raises as they do."""
     data = checks.check_streams(config, hp.vocab_size, hp.train_files, hp.sequences_per_step * hp.train_seq_len,
-                         hp.num_iterations, hp.val_files, hp.val_seq_len, hp.num_val_sequences)
+                                hp.num_iterations, hp.val_files, hp.val_seq_len, hp.num_val_sequences)
     identity = asdict(hp) | data | {"device": device_type, "code": program_text()}
     if hp.init_from:
         identity["init_sha256"] = hashlib.sha256(Path(hp.init_from).read_bytes()).hexdigest()[:16]

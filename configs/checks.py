@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from configs.config import error_context
 from data.cached_fineweb10B import num_shards_needed
 from data.loader import check_stream
-from data.shards import fingerprint, open_shards
+from data.shards import fingerprint
 
 NUM_LAYERS = 16
 NO_ATTENTION_LAYER = 7  # it has no values to which a value embedding could be added
@@ -125,7 +125,7 @@ def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
     sources = [read_entry(entry) for entry in entries]
     noun = "table" if all(source.source == "token" for source in sources) else "source"
     letters = {s.source: "o" if s.source == "token" else s.source[0] for s in sources}
-    legend = ", ".join(f"{letters[kind]} {kind}" for kind in dict.fromkeys(source.source for source in sources))
+    legend = ", ".join(f"{letter} {kind}" for kind, letter in letters.items())
     lines = [f"value embeddings: {len(sources)} {noun}{'s' * (len(sources) != 1)}{f' ({legend})' * (noun == 'source')}"]
     heads = [num_source_heads(source, num_heads, scale) for source in sources]
     lines += [f"  {noun} {k} adds to {n} of {num_heads} heads" for k, n in enumerate(heads) if n < num_heads]
@@ -187,6 +187,6 @@ def check_streams(config: Path, vocab_size: int, train_files: str, step_tokens: 
         ("val", val_files, val_seq_len, num_val_sequences, f"val_tokens = {num_val_sequences * val_seq_len}"),
     ):
         with error_context(f"{config}: {name}_files"):
-            check_stream(files, vocab_size, batch_tokens, count, purpose, fineweb_shards)
-            fingerprints[f"{name}_data"] = fingerprint(open_shards(files), batch_tokens, count)
+            shards = check_stream(files, vocab_size, batch_tokens, count, purpose, fineweb_shards)
+            fingerprints[f"{name}_data"] = fingerprint(shards, batch_tokens, count)
     return fingerprints

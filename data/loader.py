@@ -55,8 +55,8 @@ def val_sequences(shards: list[Shard], seq_len: int, num_sequences: int, rank: i
 
 
 def check_stream(pattern: str, vocab_size: int, batch_tokens: int, num_needed: int, purpose: str,
-                 fineweb_shards: int | None) -> None:
-    """Check that a stream holds the `num_needed` batches that `purpose` needs, of token ids below `vocab_size`.
+                 fineweb_shards: int | None) -> list[Shard]:
+    """Return a stream's shards if they hold the batches that `purpose` needs, of token ids below `vocab_size`.
 
     Raises MissingShardsError for missing and damaged shards, ValueError for other faults. For FineWeb, its command
     fetches at least `fineweb_shards` training shards; None means that all of them are too few.
@@ -75,6 +75,7 @@ def check_stream(pattern: str, vocab_size: int, batch_tokens: int, num_needed: i
         for name in absent_shards(pattern, last, {shard.name for shard in shards}):
             raise MissingShardsError(f"{pattern}: {name} is missing though later shards are there, so the run would "
                                      f"read other tokens; name the shards in the pattern or fetch the missing", name)
+        return shards
     except MissingShardsError as error:
         command = fetch_command(pattern, error.path, fineweb_shards)
         raise MissingShardsError(str(error), error.path, command) from None

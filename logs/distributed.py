@@ -82,7 +82,8 @@ def check_equal_on_ranks(values: dict[str, Any]) -> None:
     """Raise ValueError if this rank's values differ from rank 0's, as when two nodes have two versions of a file."""
     first = gather(values)[0]
     if differing := [name for name in first | values if first.get(name) != values.get(name)]:
-        raise ValueError(f"rank {dist.get_rank()}: {', '.join(differing)} differ from rank 0's; give nodes the same")
+        raise ValueError(f"rank {dist.get_rank()}: {', '.join(differing)} differ from rank 0's; "
+                         "give every node the same code, data, config and options")
 
 
 def one_line(error: BaseException) -> str:
