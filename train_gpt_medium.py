@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -86,6 +87,7 @@ class Hyperparameters:
     vocab_size: int = key(50257, "token ids; the last one is the end-of-text token", min=2, max=2**16, scale=True)
     num_heads: int = key(8, "attention heads", min=1, max=256, scale=True)
     model_dim: int = key(1024, f"width, {HEAD_DIM} * num_heads", min=1, scale=True)
+    target_loss: float = key(2.92, "validation loss to which compare takes the time", min=0, max=1000, scale=True)
     val_loss_every: int = key(125, "steps between validations; 0: only at the end", min=0, scale=True)
     warmup_steps: int = key(10, "untimed steps that compile every kernel and are then undone", min=0, scale=True)
     coordinate_descent_tuning: bool = key(True, "let the compiler search longer for faster kernels (CUDA only)")
@@ -263,8 +265,11 @@ class TokenTable(nn.Embedding):
     has_rows = False  # whether an entry of the map may set `rows`
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
-        super().__init__(hp.vocab_size, HEAD_DIM * heads)
-        self.weight.data.mul_(hp.value_embedding_std)
+        super().__init__(hp.vocab_size, HEAD_DIM * heads, _weight=torch.empty(hp.vocab_size, HEAD_DIM * heads))
+        self.std = hp.value_embedding_std
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, tokens: Tensor, x0: Tensor) -> Tensor:
         return super().forward(tokens)
@@ -275,8 +280,11 @@ class BigramTable(nn.Embedding):
     has_rows = True
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
-        super().__init__(rows, HEAD_DIM * heads, _weight=torch.zeros(rows, HEAD_DIM * heads))
+        super().__init__(rows, HEAD_DIM * heads)
         self.eot_id = hp.vocab_size - 1
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
     def forward(self, tokens: Tensor, x0: Tensor) -> Tensor:
         token, previous, last = tokens[1:].long(), tokens[:-1].long(), len(self.weight) - 1
@@ -292,6 +300,8 @@ class EmbeddingMap(nn.Module):
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__()
         self.proj_w = nn.Parameter(torch.empty(HEAD_DIM * heads, hp.model_dim))  # (128 * heads, d)
+
+    def reset_parameters(self) -> None:
         init_(self.proj_w)
 
     def forward(self, tokens: Tensor, x0: Tensor) -> Tensor:
@@ -306,8 +316,10 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.has_own_values = num_heads, has_own_values
         self.qkvo_w = nn.Parameter(torch.zeros(4, model_dim, model_dim))  # query, key, value, output: (4, d, d)
-        init_(self.qkvo_w[:3])
         self.ve_gate_w = nn.Parameter(torch.zeros(num_heads, GATE_DIM)) if is_gated else None  # (heads, 16)
+
+    def reset_parameters(self) -> None:
+        init_(self.qkvo_w[:3])
 
     def forward(self, x: Tensor, ve: list[Tensor], sa_lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
         """Map x (T, d) to (T, d). `ve`: values (T, 128 * heads) per source; `sa_lambdas`: of v, then of each source."""
@@ -334,6 +346,8 @@ class MLP(nn.Module):
         super().__init__()
         self.fc_w = nn.Parameter(torch.empty(4 * model_dim, model_dim))  # (4d, d)
         self.proj_w = nn.Parameter(torch.zeros(model_dim, 4 * model_dim))  # (d, 4d)
+
+    def reset_parameters(self) -> None:
         init_(self.fc_w)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -390,6 +404,10 @@ class GPT(nn.Module):
             torch.tensor([1.0, 0.0]).repeat(NUM_LAYERS),  # block lambdas (L, 2)
             torch.tensor([0.5, 0.5]).repeat(NUM_LAYERS),  # attention lambdas (L, 2): of v and of the first source
             torch.full((sum(self.num_extra_lambdas),), 0.5)]))
+        for name, module in self.named_modules():  # each seeded by its name: adding a table changes no other value
+            if hasattr(module, "reset_parameters"):
+                torch.manual_seed(zlib.crc32(f"{hp.seed} {name}".encode()))
+                module.reset_parameters()
 
     def use_bf16(self) -> None:
         """Store every matrix but the head in bf16, as on CUDA; activations take the embedding's dtype."""
@@ -585,7 +603,6 @@ class Trainer:
         self.hp, self.device = hp, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.timeout_s = max(distributed.START_TIMEOUT_S, hp.step_timeout)
-        torch.manual_seed(hp.seed)
         with device:
             self.model = GPT(hp)
         if device.type == "cuda":
@@ -736,7 +753,8 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
                 checkpoint.read_weights(hp.init_from, model)
         groups = [group for optimizer in make_optimizers(model, hp, 0, 1) for group in optimizer.param_groups]
     drawing = checks.draw_map(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, hp.scale)
-    return f"{drawing}\n{checks.count_parameters(groups)}"
+    warning = checks.warn_of_lengths(hp.train_seq_len, hp.val_seq_len, MAX_WINDOW)
+    return f"{drawing}\n{checks.count_parameters(groups)}{warning}"
 
 
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:

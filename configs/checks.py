@@ -158,6 +158,14 @@ def check_sizes(model_dim: int, width: int, val_tokens: int, val_seq_len: int) -
                          f"use {-(-val_tokens // val_seq_len) * val_seq_len}")
 
 
+def warn_of_lengths(train_seq_len: int, val_seq_len: int, max_window: int) -> str:
+    """Return a line if validation would use distances, in tokens, on which the model is not trained, else ""."""
+    if (reach := min(max_window, val_seq_len)) <= train_seq_len:
+        return ""
+    return (f"\nwarning: validation attends over {reach} tokens, training over {train_seq_len}: the loss would measure "
+            f"extrapolation; set val_seq_len to {train_seq_len}")
+
+
 def valid_world_sizes(sequences_per_step: int, num_val_sequences: int) -> list[int]:
     """Return every number of ranks that divides the sequences of a step and of a validation."""
     shares = math.gcd(sequences_per_step, num_val_sequences)

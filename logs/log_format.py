@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # With the keys, these files decide the numbers.
 CODE_FILES = ("train_gpt_medium.py", "configs/checks.py", "data/loader.py", "data/shards.py")
-BOOKKEEPING_KEYS = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout"}  # change no number
+# Keys that change no number:
+BOOKKEEPING_KEYS = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout", "target_loss"}
 RUN_KEYS = BOOKKEEPING_KEYS | {"seed", "run_id"}  # may differ between the runs of one configuration
 RULE = "=" * 100
 RULE_LINE = re.compile(f"^{RULE}$", re.MULTILINE)

@@ -98,6 +98,14 @@ def test_the_scales_are_what_the_readme_says():
         assert 8 in valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
 
 
+@pytest.mark.parametrize("keys, warns", [
+    ({}, False), ({"scale": "small"}, False), ({"scale": "tiny"}, False), ({"scale": "tiny", "val_seq_len": 512}, True),
+    ({"train_seq_len": 3456, "val_seq_len": 3456 * 8, "val_tokens": 3456 * 8}, False), ({"train_seq_len": 1024}, True)])
+def test_a_validation_over_longer_distances_than_training_is_a_warning(keys, warns):
+    drawing = train.check_run(read("baseline", **keys), Path("baseline.toml"), 1)
+    assert ("warning: validation attends over" in drawing) == warns
+
+
 @pytest.mark.parametrize("name, tables, scalars, gates", [
     ("baseline", 3, 80, 0), ("none", 0, 80, 0), ("share_01_1415", 2, 80, 0), ("pool_5", 5, 80 + 8 * 4, 0),
     ("pairs_4x2", 8, 80 + 8, 0), ("gate_add_2", 5, 80, 10 * 8 * 16)])

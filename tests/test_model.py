@@ -20,8 +20,7 @@ def hyperparameters(**keys):
 
 
 def make_model(seed=0, **keys):
-    torch.manual_seed(seed)
-    return train.GPT(hyperparameters(**keys))
+    return train.GPT(hyperparameters(seed=seed, **keys))
 
 
 def with_golden_weights(value_embeddings=BASELINE, value_embedding_gate=False):
@@ -132,11 +131,18 @@ def test_initial_loss_is_that_of_a_uniform_guess_over_the_padded_vocabulary():
     assert make_model()(*sequence(), WINDOW).item() == pytest.approx(math.log(256), rel=1e-6)
 
 
-def test_tables_differ_and_another_seed_gives_other_weights():
-    model = make_model()
-    assert not torch.equal(model.value_embeds[0].weight, model.value_embeds[1].weight)
-    assert torch.equal(model.embed.weight, make_model().embed.weight)
-    assert not torch.equal(model.embed.weight, make_model(seed=1).embed.weight)
+def test_random_initial_values_differ_between_parameters_and_between_seeds():
+    model, other = make_model().state_dict(), make_model(seed=1).state_dict()
+    assert not torch.equal(model["value_embeds.0.weight"], model["value_embeds.1.weight"])
+    assert not torch.equal(model["blocks.0.mlp.fc_w"], model["blocks.1.mlp.fc_w"])
+    changed = {name for name, w in model.items() if not torch.equal(w, other[name])}
+    assert changed == {name for name, w in model.items() if not name.endswith(("proj_w", "lm_head_w", "scalars"))}
+
+
+def test_adding_a_table_changes_no_other_initial_value():
+    few, many = make_model(value_embeddings=[[1]]).state_dict(), make_model(value_embeddings=[[1], [2]]).state_dict()
+    assert many.keys() - few.keys() == {"value_embeds.1.weight"}
+    assert all(torch.equal(w, many[name]) for name, w in few.items() if name != "scalars")
 
 
 @pytest.mark.parametrize("tables", [[], BASELINE, [[5, 6, 8]], [[0, 1, 14, 15], [4]], POOL, [[3, 4], [4, 5], [4]]])
