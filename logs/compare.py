@@ -1,6 +1,6 @@
 """Compare configurations by the logs of their runs: is one better, is it real, does it pay?
 
-    python logs/compare.py logs/published --baseline baseline_ttest --forest figure.png
+    ./run.sh compare logs/published --baseline baseline_ttest --forest figure.png
 
 A PATH is a log, a folder of logs (the runs of a configuration), or a folder of such folders.
 """
@@ -9,33 +9,43 @@ import argparse
 import csv
 import io
 import json
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("compare.py: numpy is missing; start it with ./run.sh compare, or pip install -r logs/requirements.txt")
+
 from logs import plot
-from logs.results import Result, list_changes, read_configurations
-from logs.run_log import say
+from logs.log_format import RUN_KEYS
+from logs.results import Result, known_keys, list_changes, read_configurations
+from logs.run_log import plural, say
 from logs.run_statistics import LEVEL, POWER, Comparison, Effect, deviation, record_test, runs_needed, stats
 
-WIDTH = 110
-HEADER = (["", "", "", "", "", "ms /", "loss change", "", "time change", "", ""],
-          ["name", "runs", "final loss", "step", "time, s", "step", "1e-3 nats", "p", "s", "p", "verdict"])
+MAX_SENTENCES = 4  # configurations that are described without --verbose
+MAX_NAMES = 8  # of one verdict, in the first line
+HEADER = (["", "", "", "loss change", "", "", "", "time change", "", "", "ms /"],  # what does not fit falls off the end
+          ["name", "verdict", "runs", "1e-3 nats", "p", "final loss", "time, s", "s", "p", "step", "step"])
 
 
 def summarize(comparison: Comparison, name: str) -> dict[str, Any]:
     """Return a configuration's entry in --json: losses in nats, times in seconds, null for undefined figures."""
     finished, crossings = comparison.finished[name], comparison.crossings
-    own, baseline = (c if c and not c.extrapolated else None for c in (crossings[name], crossings[comparison.baseline]))
+    own, baseline = (c if c and c.mark == " " else None for c in (crossings[name], crossings[comparison.baseline]))
     totals = np.array([run.curve.seconds[-1] for run in finished])
     test, versus = record_test(comparison.losses[name], comparison.target), {}
     for measure, (difference, half, p) in zip(("loss", "time"), comparison.effects(name)):
         versus |= {f"delta_{measure}": difference, f"delta_{measure}_low": None if half is None else difference - half,
                    f"delta_{measure}_high": None if half is None else difference + half, f"p_{measure}": p}
+    reached = [crossing if crossing.mark == " " else None for crossing in comparison.own_crossings[name]]
+    single = [dict(log=str(run.path), final_loss=float(run.curve.losses[-1]), total_time=float(run.curve.seconds[-1]),
+                   steps_to_target=c and c.step, time_to_target=c and c.seconds) for run, c in zip(finished, reached)]
     return dict(
         name=name, runs=len(finished), num_iterations=comparison.runs[name][0].num_iterations,
         final_loss_mean=test["mean"], final_loss_std=test["std"],
@@ -43,8 +53,32 @@ def summarize(comparison: Comparison, name: str) -> dict[str, Any]:
         total_time_mean=float(totals.mean()) if finished else None, total_time_std=deviation(totals),
         step_avg_ms=float(np.mean([run.step_avg_ms for run in finished])) if finished else None,
         break_even_step_ms=1000 * baseline.seconds / own.step if own and baseline and own.step else None,
-        missed=sum(crossing is None or crossing.extrapolated for crossing in comparison.own_crossings[name]),
-        t_test=test, versus_baseline=None if name == comparison.baseline else versus)
+        missed=reached.count(None), t_test=test, versus_baseline=None if name == comparison.baseline else versus,
+        single_runs=single)
+
+
+def list_verdicts(effects: dict[str, Effect]) -> str:
+    """List the configurations by verdict, the largest changes first."""
+    groups: dict[str, list[str]] = {}
+    for name, effect in sorted(effects.items(), key=lambda item: -abs(item[1].difference)):
+        groups.setdefault(effect.verdict, []).append(name)
+    parts = []
+    for verdict in (verdict for verdict in ("better", "worse", "undecided", "not tested") if verdict in groups):
+        more = len(groups[verdict]) - MAX_NAMES
+        parts.append(f"{verdict}: {', '.join(groups[verdict][:MAX_NAMES])}{f' and {more} more' * (more > 0)}.")
+    return " ".join(parts)
+
+
+def answer(comparison: Comparison) -> list[str]:
+    """State the verdicts in loss, then those in time."""
+    runs, baseline = comparison.runs[comparison.baseline], comparison.baseline
+    lines = [list_verdicts(comparison.loss.effects) or f"no configuration to compare with {baseline} in loss."]
+    if any(effect.p is not None for effect in comparison.time.effects.values()):
+        lines.append(f"in time to {comparison.target:g}: {list_verdicts(comparison.time.effects)}")
+    finished, missed = comparison.finished.values(), sum(map(len, comparison.finished.values()))
+    reached = sum(c.mark == " " for crossings in comparison.own_crossings.values() for c in crossings)
+    return [*lines, f"Baseline: {baseline}, {plural(len(comparison.finished[baseline]), 'run')} to step {runs[0].end}. "
+            f"Target: {comparison.target:g}; {reached} of {missed} runs reach it."] if finished else lines
 
 
 def number(value: float | None, form: str, spread: float | None = None) -> str:
@@ -54,31 +88,41 @@ def number(value: float | None, form: str, spread: float | None = None) -> str:
 
 def table_row(comparison: Comparison, entry: dict[str, Any]) -> list[str]:
     name, crossing = entry["name"], comparison.crossings[entry["name"]]
-    mark = "*" if crossing and crossing.extrapolated else " "
-    cells = [name, str(entry["runs"]), number(entry["final_loss_mean"], ".4f", entry["final_loss_std"]),
-             number(crossing and crossing.step, ".0f"), number(crossing and crossing.seconds, ".1f") + mark,
-             number(entry["step_avg_ms"], ".1f")]
-    if name == comparison.baseline:
-        return [*cells, "", "", "", "", "baseline"]
     loss, time = comparison.effects(name)
     thousandths = Effect(*(None if x is None else 1000 * x for x in loss[:2]))
+    changes = []
     for (difference, half, _), p, form in ((thousandths, loss.p, "+.2f"), (time, time.p, "+.1f")):
-        cells += [number(difference, form, half), "<.001" if p is not None and p < 0.001 else number(p, ".3f")]
+        change = number(difference, form, half), "<.001" if p is not None and p < 0.001 else number(p, ".3f")
+        changes.append(["", ""] if name == comparison.baseline else [*change])
     shown = [f"{e.verdict} {what}" for e, what in ((loss, "loss"), (time, "time")) if e.verdict in ("better", "worse")]
-    mixed = "mixed" if shown and loss.verdict != time.verdict else time.verdict
-    return [*cells, shown[0] if len(shown) == 1 else mixed]
+    verdict = shown[0] if len(shown) == 1 else "mixed" if shown and loss.verdict != time.verdict else loss.verdict
+    verdict = time.verdict if verdict == "not compared" else verdict
+    if crossing is None:
+        seconds, step = "n/a ", "n/a"
+    else:
+        beyond = "> " if crossing.mark == ">" else ""
+        seconds = f"{beyond}{crossing.seconds:.1f}{crossing.mark.strip('>') or ' ' * (not beyond)}"
+        step = f"{beyond}{crossing.step:.0f}"
+    return [name, "baseline" if name == comparison.baseline else verdict, str(entry["runs"]), *changes[0],
+            number(entry["final_loss_mean"], ".4f", entry["final_loss_std"]), seconds, *changes[1], step,
+            number(entry["step_avg_ms"], ".1f")]
 
 
-def format_table(rows: list[list[str]], markdown: bool) -> str:
-    """Make columns as wide as their widest cell; cut names so that the table fits WIDTH."""
-    if markdown:
-        rows = [[" ".join(words).strip() for words in zip(*HEADER)], ["---"] + ["---:"] * 10, *rows]
-        return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows)
+def format_table(rows: list[list[str]], width: int) -> str:
+    """Make columns as wide as their widest cell; drop the last ones, and cut names, so that the table fits `width`."""
     rows = [*HEADER, *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    first = max(min(widths[0], WIDTH - sum(widths[1:]) - len(widths) + 1), 8)
-    lines = [[f"{name:{first}.{first}}", *map(str.rjust, cells, widths[1:])] for name, *cells in rows]
+    while len(widths) > 4 and sum(widths) + len(widths) - 1 > width:
+        widths.pop()
+    first = max(min(widths[0], width - sum(widths[1:]) - len(widths) + 1), 8)
+    lines = [[f"{name:{first}.{first}}", f"{verdict:{widths[1]}}", *map(str.rjust, cells, widths[2:])]
+             for name, verdict, *cells in rows]
     return "\n".join(" ".join(line).rstrip() for line in lines)
+
+
+def format_markdown(rows: list[list[str]]) -> str:
+    rows = [[" ".join(words).strip() for words in zip(*HEADER)], ["---"] * 2 + ["---:"] * 9, *rows]
+    return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def describe_unfinished(comparison: Comparison, run: Result) -> str:
@@ -93,6 +137,31 @@ def describe_unfinished(comparison: Comparison, run: Result) -> str:
             f"{curve.losses[-1]:.6f}, {curve.losses[-1] - there:+.6f} relative to the baseline")
 
 
+def remarks(comparison: Comparison) -> list[str]:
+    """Report, a line each, what a reader of the curves would notice and what the tests leave out."""
+    lines, baseline = [], comparison.baseline
+    for name, runs in comparison.runs.items():
+        unfinished = [describe_unfinished(comparison, run) for run in runs if not run.finished]
+        rising = [run.path.name for run in comparison.finished[name] if (np.diff(run.curve.losses[-2:]) > 0).any()]
+        lines += [f"{name}: {'; '.join(unfinished)}."] * bool(unfinished)
+        lines += [f"{name}: the loss rises at the end of {', '.join(rising)}; do not trust it."] * bool(rising)
+    lines += [f"{name}: {comparison.finished[name][i].path.name} is far from its other runs (p {p:.1g}); look at its "
+              "curve." for name, i, p in comparison.loss.outliers()]
+    for what, family in (("loss", comparison.loss), ("time", comparison.time)):
+        if family.variance_p < 0.01:
+            lines.append(f"Variances of {what} differ (Brown-Forsythe p {family.variance_p:.1g}); its p is rough.")
+    others = [name for name in comparison.runs if name not in comparison.loss.samples and comparison.finished[name]]
+    lines += [f"Of another length, so compared in time only: {', '.join(others)}."] * bool(others)
+    own, keys = comparison.runs[baseline][0], {n: known_keys(n, runs[0]) for n, runs in comparison.runs.items()}
+    for name, (run, *_) in comparison.runs.items():
+        more, fewer = len(comparison.finished[name]), len(comparison.finished[baseline])
+        alike = not {k for k in keys[name] | keys[baseline] if keys[name].get(k) != keys[baseline].get(k)} - RUN_KEYS
+        if more > fewer and keys[name] and alike and not list_changes(own, run):
+            lines.append(f"{name} has the same keys as the baseline and {more} runs, not {fewer}; use --baseline "
+                         f"{name}.")
+    return lines
+
+
 def sentence(comparison: Comparison, entry: dict[str, Any]) -> str:
     """Describe a configuration in one line: what the table has no room for."""
     name, test, even = entry["name"], entry["t_test"], entry["break_even_step_ms"]
@@ -105,26 +174,25 @@ def sentence(comparison: Comparison, entry: dict[str, Any]) -> str:
         parts.append(f"{entry['missed']} of {entry['runs']} do not reach the target")
     if entry["runs"]:
         total = number(entry["total_time_mean"], ".1f", entry["total_time_std"])
-        parts.append(f"{total} s for {entry['num_iterations']} steps")
+        parts.append(f"{total} s for {comparison.runs[name][0].end} steps")
     if test["p"] is not None:
         figures = f"t {test['t']:.2f}, p {test['p']:.3g}, 95% bound {test['upper_bound']:.6f}"
         parts.append(f"record: {'yes' if test['record'] else 'no'} ({figures})")
-    parts += [describe_unfinished(comparison, run) for run in comparison.runs[name] if not run.finished]
     return f"{name}: {'; '.join(parts)}"
 
 
-def changes(comparison: Comparison) -> str:
+def changes(comparison: Comparison) -> list[str]:
     """List in a line per configuration what differs from the baseline. Without any header there is nothing to list."""
     baseline = comparison.runs[comparison.baseline][0]
-    return "\n".join(f"{name} against {comparison.baseline}: {'; '.join(list_changes(baseline, run)) or 'no change'}"
-                     for name, (run, *_) in comparison.runs.items()
-                     if run is not baseline and (any(run.header) or any(baseline.header)))
+    return [f"{name} against {comparison.baseline}: {'; '.join(list_changes(baseline, run)) or 'no change'}"
+            for name, (run, *_) in comparison.runs.items()
+            if run is not baseline and (any(run.header) or any(baseline.header))]
 
 
-def notes(comparison: Comparison, delta: float | None) -> str:
+def notes(comparison: Comparison, delta: float | None) -> list[str]:
     """Explain the table and the tests."""
-    lines = ["step, time: where the mean curve reaches the target; *: extrapolated with the baseline's final slope.",
-             "time change: of the mean of the runs' own times. better, worse: p < 0.05; record: p < 0.01."]
+    lines = ["step, time: where the mean curve reaches the target; *: extrapolated with the baseline's final slope, >: "
+             "too far to extrapolate. better, worse: p < 0.05; record: p < 0.01."]
     for what, unit, family in (("loss", "nats", comparison.loss), ("time", "s", comparison.time)):
         if not stats or not family.deviation:
             missing = "two runs of a configuration" if stats else "scipy: pip install -r logs/requirements.txt"
@@ -132,27 +200,28 @@ def notes(comparison: Comparison, delta: float | None) -> str:
         elif family.effects:
             lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once; deviation "
                          f"{family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
-        if family.variance_p < 0.01:
-            lines.append(f"Warning: variances of {what} differ (Brown-Forsythe p {family.variance_p:.1g}); p is rough.")
     if delta and stats and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
         lines.append(f"To show {delta:g} in loss with power {POWER} takes {runs_needed(effect, LEVEL)} runs of both, "
                      f"{runs_needed(effect, LEVEL / tests)} where {tests} are compared.")
-    return "\n".join(lines)
+    return lines
 
 
-def report(comparison: Comparison, entries: list[dict[str, Any]], markdown: bool, delta: float | None) -> str:
-    """Write the table, sorted by time if most runs reach the target, else by loss; then the lines and notes."""
+def report(comparison: Comparison, entries: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Write the answer and the table, sorted by time if most runs reach the target, else by loss; then the lines."""
+    width = shutil.get_terminal_size().columns  # 80 without a terminal
     runs, missed = (sum(entry[key] for entry in entries) for key in ("runs", "missed"))
-    place = {name: crossing.seconds if crossing else np.inf for name, crossing in comparison.crossings.items()}
+    place = {name: (c.mark == ">", c.seconds) if c else (True, np.inf) for name, c in comparison.crossings.items()}
     if 2 * missed >= runs:
         place = {entry["name"]: entry["final_loss_mean"] or np.inf for entry in entries}
-    ordered = sorted(entries, key=lambda entry: place[entry["name"]])
-    title = f"Baseline: {comparison.baseline}. Target: {comparison.target:g}; {runs - missed} of {runs} runs reach it."
-    table = format_table([table_row(comparison, entry) for entry in ordered], markdown)
-    ordered.sort(key=lambda entry: entry["name"] != comparison.baseline)  # the baseline first
-    sentences = "\n".join(sentence(comparison, entry) for entry in ordered)
-    return "\n\n".join(filter(None, [title, table, sentences, changes(comparison), notes(comparison, delta)]))
+    rows = [table_row(comparison, entry) for entry in sorted(entries, key=lambda entry: place[entry["name"]])]
+    table = format_markdown(rows) if options.form == "markdown" else format_table(rows, width)
+    described = sorted(entries, key=lambda entry: entry["name"] != comparison.baseline)  # the baseline first
+    sentences = [sentence(comparison, entry) for entry in described if options.verbose or len(entries) <= MAX_SENTENCES]
+    parts = [answer(comparison), table, remarks(comparison), sentences, changes(comparison),
+             notes(comparison, options.power)]
+    wrap = (lambda line: textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n\n".join(part if part is table else "\n".join(map(wrap, part)) for part in parts if part)
 
 
 def format_csv(configurations: dict[str, list[Result]]) -> str:
@@ -165,25 +234,37 @@ def format_csv(configurations: dict[str, list[Result]]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     prog="./run.sh compare")
     parser.error = lambda message: parser.exit(2, f"compare.py: {message}; see --help\n")
     add = parser.add_argument
     add("paths", metavar="PATH", nargs="+", type=Path)
-    add("--target", type=float, default=2.92, metavar="LOSS", help="validation loss to reach (default 2.92)")
+    add("--target", type=float, metavar="LOSS", help="validation loss to reach (default: the baseline's target_loss)")
     add("--baseline", metavar="NAME", help="the configuration to compare with (default: baseline, else the first)")
+    add("--at", type=int, metavar="STEP", help="compare at an earlier validation than the last one")
+    add("--verbose", action="store_true", help="describe more than four configurations in a line each, too")
     add("--power", type=float, metavar="LOSS", help="say how many runs show this difference in final loss")
+    forms = parser.add_mutually_exclusive_group()
     for form in ("json", "csv", "markdown"):
-        add(f"--{form}", dest="form", action="store_const", const=form, help=f"write {form}")
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"write {form}")
     add("--forest", type=Path, metavar="FILE", help="plot all differences in loss (.png, .svg or .pdf)")
     add("--plot", type=Path, metavar="FILE", help="plot the curves of up to eight configurations")
     add("--grid", type=Path, metavar="FILE", help="plot loss and ms per step of pairs_AxB and pool_AxB")
-    add("--x", choices=["step", "time"], default="step", help="time: --forest of times, --plot over time")
+    add("--x", choices=["step", "time"], help="time: --forest of times, --plot over time")
     add("--from", type=float, dest="low", metavar="X", help="--plot: start at this step or second")
     add("--to", type=float, dest="high", metavar="X", help="--plot: end there")
     options = parser.parse_args(arguments)
     for name, value in (("--target", options.target), ("--power", options.power)):
         if value is not None and not 0 < value < np.inf:
             parser.error(f"{name}: give a number above 0")
+    for names, needs, has in (("x", "--forest or --plot", options.forest or options.plot),
+                              ("low high", "--plot", options.plot),
+                              ("power verbose", "the table", options.form not in ("json", "csv"))):
+        if any(getattr(options, name) not in (None, False) for name in names.split()) and not has:
+            parser.error(f"{names.replace('low high', '--from, --to')}: without effect; use it with {needs}")
+    for file in filter(None, (options.forest, options.plot, options.grid)):
+        if file.suffix not in plot.SUFFIXES:
+            parser.error(f"{file}: not a picture; end its name in {', '.join(plot.SUFFIXES)}")
     return options
 
 
@@ -198,6 +279,10 @@ def main(arguments: list[str]) -> int:
         if options.form == "csv":
             say(format_csv(runs))
             return 0
+        if options.at is not None:
+            runs = {name: [run.cut(options.at) for run in group] for name, group in runs.items()}
+            if not any(run.finished for group in runs.values() for run in group):
+                raise ValueError(f"--at {options.at}: no run has a validation there; name a step of the logs")
         comparison, of_time = Comparison(runs, baseline, options.target), options.x == "time"
         if options.forest:
             plot.forest(comparison, of_time, options.forest)
@@ -206,9 +291,9 @@ def main(arguments: list[str]) -> int:
         if options.grid:
             plot.grid(comparison, options.grid)
         entries = [summarize(comparison, name) for name in runs]
-        whole = dict(target=options.target, baseline=baseline, configurations=entries)
+        whole = dict(target=comparison.target, baseline=baseline, configurations=entries)
         say(json.dumps(whole, indent=2, allow_nan=False) if options.form == "json" else
-            report(comparison, entries, options.form == "markdown", options.power))
+            report(comparison, entries, options))
     except (ValueError, OSError) as error:
         print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

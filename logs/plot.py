@@ -7,13 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from logs.log_format import RUN_KEYS
+from logs.results import Result, known_keys
 from logs.run_log import plural
 from logs.run_statistics import LEVEL, Comparison, Effect, stats
 
 # From Okabe and Ito's palette, safe for colour-blind readers: https://jfly.uni-koeln.de/color/
-VERDICTS = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "s"), "not significant": ("#7F7F7F", "D")}
+VERDICTS = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "s"), "undecided": ("#7F7F7F", "D")}
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255"]
+QUESTIONS = ("baseline", "more tables", "fewer tables", "shared by neighbors", "shifted", "other sources", "other keys",
+             "")
+NUM_LAYERS, NO_ATTENTION_LAYER = 16, 7
+SUFFIXES = (".png", ".svg", ".pdf")
 NEAR = 0.05  # nats above the target, where --plot starts
+MAX_BANDS = 3
+DPI, WIDTH, MAX_HEIGHT = 100, 12, 9  # inches
 
 
 def new_axes(height: float, columns: int = 1) -> list[Any]:
@@ -22,64 +30,129 @@ def new_axes(height: float, columns: int = 1) -> list[Any]:
         from matplotlib.figure import Figure  # needs no display
     except ImportError:
         raise ValueError("a figure needs matplotlib: pip install -r logs/requirements.txt") from None
-    figure = Figure(figsize=(7.5, height), dpi=160, layout="tight" if columns > 1 else None)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="tight" if columns > 1 else None)
     for axes in figure.subplots(1, columns, squeeze=False)[0]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.92")
     return figure.axes
 
 
+def layers_of(keys: dict[str, Any]) -> list[list[int]]:
+    """Return the layers of each source of values."""
+    return [entry["layers"] if isinstance(entry, dict) else entry for entry in keys.get("value_embeddings", [])]
+
+
+def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
+    """Return one of QUESTIONS: what a configuration changes."""
+    if "value_embeddings" not in keys:
+        return ""
+    if any(keys.get(k) != baseline.get(k) for k in (keys | baseline).keys() - RUN_KEYS - {"value_embeddings"}):
+        return "other keys"
+    if any(isinstance(entry, dict) for entry in keys["value_embeddings"]):
+        return "other sources"
+    tables, own = layers_of(keys), layers_of(baseline)
+    if tables == own:
+        return "baseline"
+    if any(len(layers) > 1 and max(layers) - min(layers) < NUM_LAYERS // 2 for layers in tables):
+        return "shared by neighbors"
+    more = sum(map(len, tables)) - sum(map(len, own)) or len(tables) - len(own)
+    return "more tables" if more > 0 else "fewer tables" if more < 0 else "shifted"
+
+
+def draw_map(axes: Any, row: int, keys: dict[str, Any]) -> None:
+    """Draw a cell per layer in the colors of its tables; a layer without any is gray, one without attention empty."""
+    tables = layers_of(keys)
+    for layer in range(NUM_LAYERS * ("value_embeddings" in keys)):
+        colors = [COLORS[k % len(COLORS)] for k, layers in enumerate(tables) if layer in layers]
+        for i, color in enumerate(colors or ["0.9"] * (layer != NO_ATTENTION_LAYER)):
+            height = 0.8 / max(len(colors), 1)
+            axes.barh(row - 0.4 + i * height, 0.85, height, layer, align="edge", color=color)
+
+
 def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
-    """Plot a sorted row per configuration: its difference from the baseline, the interval, a tick for each run."""
-    family, what = (comparison.time, "time to the target (s)") if of_time else (comparison.loss, "final loss (nats)")
+    """Plot a row per configuration, grouped by question: its map, its difference, the interval, a tick for each run."""
+    family, what, unit = (comparison.time, "time to the target", "s") if of_time else (
+        comparison.loss, "final loss", "1e-3 nats")
     if comparison.baseline not in family.samples:
         raise ValueError(f"--forest: the baseline {comparison.baseline} has no {what}")
-    names = sorted(family.samples, key=lambda name: family.samples[name].mean())
-    zero = family.samples[comparison.baseline].mean()
-    (axes,) = new_axes(1.2 + 0.2 * len(names))
-    for row, name in enumerate(names):
-        effect, sample = family.effects.get(name, Effect()), family.samples[name] - zero
+    scale, zero = 1 if of_time else 1000, family.samples[comparison.baseline].mean()
+    keys = {name: known_keys(name, comparison.runs[name][0]) for name in family.samples}
+    groups = defaultdict(list)
+    groups["baseline"].append(comparison.baseline)
+    for name in sorted(family.effects, key=lambda name: family.samples[name].mean()):
+        groups[question(keys[name], keys[comparison.baseline])].append(name)
+    rows = [row for group in QUESTIONS if group in groups for row in [group, *groups[group]]][1:]
+    cells, axes = new_axes(min(MAX_HEIGHT, 1.8 + 0.24 * len(rows)), columns=2)
+    axes.figure.set_layout_engine("none")
+    space = 0.9 / axes.figure.get_figheight()
+    axes.set_position([0.39, space, 0.5, 1 - 1.6 * space])
+    cells.set_position([0.21, space, 0.17, 1 - 1.6 * space])
+    size = min(10, 72 * axes.figure.get_figheight() * (1 - 1.6 * space) / len(rows) * 0.75)
+    text = dict(va="center", fontsize=size, parse_math=False)
+    for i, name in enumerate(rows):
+        if name not in family.samples:
+            cells.text(-0.5, i, name, ha="right", weight="bold", **text)
+            continue
+        effect, sample = family.effects.get(name, Effect()), scale * (family.samples[name] - zero)
         color, marker = VERDICTS.get(effect.verdict, ("#000000", "D"))
-        axes.plot(sample, np.full(len(sample), row), "|", color=color, markersize=8, markeredgewidth=0.8, alpha=0.6)
-        axes.errorbar(sample.mean(), row, xerr=effect.half_width, fmt=marker, color=color, markersize=5, linewidth=1.6)
+        half = None if effect.half_width is None else scale * effect.half_width
+        axes.plot(sample, np.full(len(sample), i), "|", color=color, markersize=size, markeredgewidth=0.9, alpha=0.6)
+        axes.errorbar(sample.mean(), i, xerr=half, fmt=marker, color=color, markersize=size * 0.7, linewidth=1.6)
+        figures = f"{round(sample.mean(), 1) + 0.0:+.1f}   n={len(sample)}"
+        axes.text(1.01, i, figures, transform=axes.get_yaxis_transform(), **text)
+        cells.text(-0.5, i, name, ha="right", **text)
+        draw_map(cells, i, keys[name])
     axes.axvline(0, color="black", linewidth=0.8)
-    if not of_time:
-        axes.axvline(comparison.target - zero, color="black", linewidth=0.8, linestyle="--")
-        axes.text(comparison.target - zero, -1, f" target {comparison.target:g}", va="center")
     for verdict, (color, marker) in VERDICTS.items():
         axes.plot([], [], marker, color=color, label=verdict)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="simultaneous 95% intervals")
-    labels = [f"{name} ({plural(len(family.samples[name]), 'run')})" for name in names]
-    axes.set_yticks(range(len(names)), labels, parse_math=False)
-    axes.set_xlabel(f"{what} minus that of {comparison.baseline}", parse_math=False)
-    axes.set_ylim(len(names) - 0.4, -1.6)
-    axes.figure.savefig(file, bbox_inches="tight")
+    axes.figure.legend(loc="upper right", ncols=3, fontsize=10, frameon=False)
+    title = f"against {comparison.baseline}; 95% simultaneous intervals (Dunnett), a tick per run"
+    axes.figure.text(0.01, 0.985, title, va="top", fontsize=10, parse_math=False)
+    left_out = [name for name in comparison.runs if comparison.finished[name] and name not in family.samples]
+    note = f"not compared, of another length: {', '.join(left_out)}" if left_out else ""
+    axes.figure.text(0.01, 0.01, note, fontsize=8, wrap=True, parse_math=False)
+    axes.set_xlabel(f"change in {what} ({unit}, lower is better)")
+    cells.set_xlabel("layers 0 to 15, a color per table")
+    for part in (axes, cells):
+        part.set(yticks=[], ylim=(len(rows) - 0.4, -0.6))
+    cells.set(xlim=(0, NUM_LAYERS), xticks=[])
+    cells.spines[:].set_visible(False)
+    axes.figure.savefig(file)
+
+
+def pooled_error(groups: list[list[Result]], axis: int, x: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the deviation of runs at each x, pooled over the configurations, and its degrees of freedom."""
+    values = [[np.interp(x, run.curve[axis], run.curve.losses) for run in runs] for runs in groups]
+    dof = sum(len(runs) - 1 for runs in groups)
+    return np.sqrt(sum(np.var(runs, axis=0) * len(runs) for runs in values) / max(dof, 1)), dof
 
 
 def curves(comparison: Comparison, of_time: bool, low: float | None, high: float | None, file: Path) -> None:
-    """Plot the runs, the mean curves with their 95% intervals, and where the mean curves reach the target."""
+    """Plot the mean curves and where they reach the target; up to MAX_BANDS with their 95% intervals, else the runs."""
     if len(comparison.runs) > len(COLORS):
         raise ValueError(f"--plot takes at most {len(COLORS)} configurations, not {len(comparison.runs)}; use --forest")
-    (axes,) = new_axes(4.5)
+    (axes,) = new_axes(6)
     axis, target, near = 2 if of_time else 0, comparison.target, comparison.curves[comparison.baseline]
     drawn = {name: comparison.finished[name] or runs for name, runs in comparison.runs.items()}
     last = [run.curve[axis][-1] for runs in drawn.values() for run in runs if len(run.curve.steps)]
     low = min([*near[axis][near.losses <= target + NEAR], *last], default=0) if low is None else low
     high = max(last, default=0) if high is None else high
-    ends = []
+    repeated = [runs for runs in comparison.finished.values() if len(runs) > 1]
+    has_bands, ends = stats and repeated and len(drawn) <= MAX_BANDS, []
     for color, (name, runs) in zip(COLORS, drawn.items()):
         x, crossing = np.empty(0), comparison.crossings[name]
-        for curve, width in [*((run.curve, 0.5) for run in runs), (comparison.curves[name], 1.8)]:
+        thin = [] if has_bands and comparison.finished[name] else [(run.curve, 0.5) for run in runs]
+        for curve, width in [*thin, (comparison.curves[name], 1.8)]:
             if len(curve.steps):
                 points = np.union1d(curve[axis], np.clip((low, high), curve[axis][0], curve[axis][-1]))
                 x = points[(low <= points) & (points <= high)]
                 y = np.interp(x, curve[axis], curve.losses)
                 (line,) = axes.plot(x, y, ".-", color=color, linewidth=width, markersize=2 * width, alpha=min(1, width))
-        if len(comparison.finished[name]) > 1 and stats:
-            half = stats.sem([np.interp(x, run.curve[axis], run.curve.losses) for run in runs])
-            half *= stats.t.isf(LEVEL / 2, len(runs) - 1)
+        if has_bands and comparison.finished[name] and len(x):
+            error, dof = pooled_error(repeated, axis, x)
+            half = stats.t.isf(LEVEL / 2, dof) * error / np.sqrt(len(runs))
             axes.fill_between(x, y - half, y + half, color=color, alpha=0.2, linewidth=0)
-        reached = crossing and not crossing.extrapolated
+        reached = crossing and crossing.mark == " "
         if reached and low <= crossing[of_time] <= high:
             axes.plot(crossing[of_time], target, "o", color=color, markersize=5)
         if len(x):
@@ -90,7 +163,9 @@ def curves(comparison: Comparison, of_time: bool, low: float | None, high: float
     axes.axhline(target, color="black", linewidth=0.8, linestyle="--")
     axes.text(low, target, f"target {target:g}", va="bottom", clip_on=True)
     _, lines, labels = zip(*sorted(ends, key=lambda end: -end[0]))  # in the order in which the curves end
-    axes.legend(lines, [label.replace("$", r"\$") for label in labels], loc="upper left", bbox_to_anchor=(1, 1))
+    shown = "shaded: 95% interval of\nthe mean, pooled deviation" if has_bands else "thick: mean of the runs"
+    axes.legend(lines, [label.replace("$", r"\$") for label in labels], loc="upper left", bbox_to_anchor=(1, 1),
+                title=shown)
     axes.set(xlabel="training time (s)" if of_time else "step", ylabel="validation loss (nats per token)",
              xlim=(low, max(high, low + 1)))
     axes.figure.savefig(file, bbox_inches="tight")

@@ -5,14 +5,22 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from logs.log_format import RUN_KEYS, Header, StepLine, differences, parse_step_lines, split_log
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+from logs.log_format import ROOT, RUN_KEYS, Header, StepLine, differences, parse_step_lines, split_log, syntax
 
 # A resumed run can diverge and be resumed again: the line counts only if no step line follows it.
 DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b(?!.*^step:)", re.MULTILINE | re.DOTALL | re.ASCII)
+
+BASELINE_MAP = [[0, 13], [1, 14], [2, 15]]
+RESUMED = re.compile(r"^resumed at step ", re.MULTILINE)
 
 
 class Curve(NamedTuple):
@@ -30,17 +38,31 @@ class Result(NamedTuple):
     curve: Curve
     step_avg_ms: float  # as the last line states it
     diverged_at: int | None  # step
+    end: int  # the step whose loss is compared: num_iterations, or an earlier one
 
     @property
     def finished(self) -> bool:
-        """Whether the last step was validated and the run did not diverge."""
-        return self.diverged_at is None and self.curve.steps[-1:].sum() >= self.num_iterations
+        """Whether the end was validated and the run did not diverge before it."""
+        return (self.diverged_at is None or self.diverged_at > self.end) and self.end in self.curve.steps
+
+    def cut(self, step: int) -> "Result":
+        """Return the run as it was at an earlier step."""
+        return self._replace(curve=Curve(*(column[self.curve.steps <= step] for column in self.curve)), end=step)
+
+
+def count_runs(header: Header, results: str) -> int:
+    """Count the runs whose logs were joined: steps fall only where one resumes. "Code" that does not parse is logs."""
+    earlier = header.code if syntax(header.code) == header.code else ""
+    steps = [[line.step for line in parse_step_lines(part)] for part in RESUMED.split(f"{earlier}\n{results}")]
+    return 1 + sum(b < a for part in steps for a, b in zip(part, part[1:]))
 
 
 def read_result(path: Path) -> Result:
     """Read a log. Raises ValueError if it has no results or if its training time falls."""
     text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\n")  # a crash can leave NUL bytes
     header, results = split_log(text)
+    if (count := count_runs(header, results)) > 1:
+        raise ValueError(f"{path}: skipped, contains {count} runs; split it into one log per run")
     place = (lambda line: (line.step, line.val_loss is not None))  # the validation at a step follows its training
     lines: list[StepLine] = []
     for line in parse_step_lines(results):
@@ -54,7 +76,8 @@ def read_result(path: Path) -> Result:
     if (np.diff(curve.seconds) < 0).any():
         raise ValueError(f"{path}: skipped, its train_time falls between validations")
     diverged = min(map(int, [*curve.steps[~np.isfinite(curve.losses)], *DIVERGED.findall(results)]), default=None)
-    return Result(path, header, lines[-1].num_iterations, curve, lines[-1].step_avg_ms, diverged)
+    total = lines[-1].num_iterations
+    return Result(path, header, total, curve, lines[-1].step_avg_ms, diverged, total)
 
 
 def list_changes(then: Result, now: Result) -> list[str]:
@@ -64,6 +87,20 @@ def list_changes(then: Result, now: Result) -> list[str]:
                 for run in (then, now))
     unknown = {"code"} & {*one_sided} | (old.keys() ^ new.keys() if "configuration" in one_sided else set())
     return [f"only one log records the {part}" for part in one_sided] + differences(old, new, RUN_KEYS | unknown)
+
+
+def known_keys(name: str, run: Result) -> dict[str, Any]:
+    """Return a configuration's keys: those of the header or, for bare lines, of the config of that name, if any.
+
+    The published folders' names can end in the number of steps, or in _ttest.
+    """
+    if any(run.header):
+        return run.header.configuration
+    own = name.split("/")[-1]
+    for config in (ROOT / f"configs/{stem}.toml" for stem in (own, re.sub(r"_(5\d{3}|ttest)$", "", own))):
+        if config.is_file():
+            return {"value_embeddings": BASELINE_MAP, **tomllib.loads(config.read_text(encoding="utf-8"))}
+    return {}
 
 
 def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:

@@ -9,13 +9,16 @@ import numpy as np
 from logs.results import Curve, Result
 
 try:
-    from scipy import optimize, stats
+    from scipy import optimize, special, stats
 except ImportError:  # without scipy there are no tests
     stats = None
 
 LEVEL = 0.05  # of a family of comparisons; intervals cover 1 - LEVEL
+OUTLIER_LEVEL = 0.01
 RECORD_LEVEL = 0.01  # the speedrun's, for the claim that the mean is below the target
 POWER = 0.8
+PUBLISHED_TARGET = 2.92  # nats per token
+MAX_EXTRAPOLATION = 0.15  # of a run's steps; a time that lies further away is neither shown nor tested
 
 
 def deviation(sample: np.ndarray) -> float | None:
@@ -27,21 +30,23 @@ class Crossing(NamedTuple):
     """Where a curve first reaches the target."""
     step: float
     seconds: float
-    extrapolated: bool  # the curve ends above the target
+    mark: str  # " ": reached; "*": extrapolated, as the curve ends above the target; ">": further away than its end
 
 
 def find_crossing(curve: Curve, target: float, slopes: tuple[float, float] | None) -> Crossing | None:
     """Interpolate between validations. Extrapolate a curve that ends above the target with `slopes` (nats per step,
-    nats per second), or return None without slopes."""
+    nats per second) by at most MAX_EXTRAPOLATION. Return None without a validation."""
     below = np.flatnonzero(curve.losses <= target)
     if len(below):
         ends = [below[0], max(below[0] - 1, 0)]  # np.interp needs ascending losses
         step, seconds = (float(np.interp(target, curve.losses[ends], x[ends])) for x in (curve.steps, curve.seconds))
-        return Crossing(step, seconds, False)
-    if slopes is None or not len(curve.steps):
+        return Crossing(step, seconds, " ")
+    if not len(curve.steps):
         return None
-    missing = target - curve.losses[-1]
-    return Crossing(float(curve.steps[-1] + missing / slopes[0]), float(curve.seconds[-1] + missing / slopes[1]), True)
+    step, missing = float(curve.steps[-1]), target - curve.losses[-1]
+    if slopes is None or missing / slopes[0] > MAX_EXTRAPOLATION * step:
+        return Crossing(step, float(curve.seconds[-1]), ">")
+    return Crossing(float(step + missing / slopes[0]), float(curve.seconds[-1] + missing / slopes[1]), "*")
 
 
 class Effect(NamedTuple):
@@ -54,7 +59,7 @@ class Effect(NamedTuple):
     def verdict(self) -> str:
         if self.p is None:
             return "not compared" if self.difference is None else "not tested"
-        return "not significant" if self.p >= LEVEL else "better" if self.difference < 0 else "worse"
+        return "undecided" if self.p >= LEVEL else "better" if self.difference < 0 else "worse"
 
 
 class Family:
@@ -72,21 +77,55 @@ class Family:
         if others and stats and self.deviation:
             sizes, control = np.array([len(sample) for sample in others.values()]), samples[baseline]
             errors = self.deviation * np.sqrt(1 / sizes + 1 / len(control))
-            p_values = stats.dunnett(*others.values(), control=control, rng=np.random.default_rng(0)).pvalue
-            columns += [critical_value(sizes, len(control), self.dof) * errors, p_values.clip(0, 1)]
+            p_values = dunnett_p(np.abs(columns[0]) / errors, sizes, len(control), self.dof)
+            columns += [critical_value(sizes, len(control), self.dof) * errors, p_values]
         self.effects = {name: Effect(*row) for name, row in zip(others, np.transpose(columns).tolist())}
         # Brown-Forsythe test. Two runs are always equally far from their median, so the test would warn too often.
         many = [sample for sample in samples.values() if len(sample) > 2]
         tested = stats and len(many) > 1 and self.deviation
         self.variance_p = float(stats.levene(*many, center="median").pvalue) if tested else 1.0
 
+    def outliers(self) -> list[tuple[str, int, float]]:
+        """Return the configuration, index and p (Bonferroni's, over all runs) of runs far from two or more others.
+
+        A run's residual is tested against the deviation of all other runs (externally studentized, Student's t).
+        """
+        found, total = [], sum(map(len, self.samples.values()))
+        many = {name: sample for name, sample in self.samples.items() if len(sample) > 2}
+        for name, i, x in ((name, i, x) for name, sample in many.items() for i, x in enumerate(sample)):
+            if not (stats and self.deviation and self.dof > 1):
+                break
+            share = (x - many[name].mean()) ** 2 / (1 - 1 / len(many[name])) / self.deviation**2 / self.dof
+            p = total * 2 * stats.t.sf(math.sqrt(share * (self.dof - 1) / max(1 - share, 1e-12)), self.dof - 1)
+            found += [(name, i, float(p))] * bool(p < OUTLIER_LEVEL)
+        return found
+
+
+def dunnett_p(statistics: np.ndarray, sizes: np.ndarray, baseline_size: int, dof: int) -> np.ndarray:
+    """Return for each |t| the probability that the largest of all comparisons exceeds it if nothing differs.
+
+    Given the baseline's mean z and the pooled deviation s, the comparisons are independent (Dunnett 1955,
+    https://doi.org/10.1080/01621459.1955.10501294): this integrates over z and s.
+    """
+    z = np.linspace(0, 8, 161)[:, None]  # the integrand is symmetric
+    z_weights = np.exp(-z[:, 0] ** 2 / 2) * np.where(z[:, 0] == 0, 0.5, 1)
+    nodes, s_weights = np.polynomial.legendre.leggauss(100)
+    s = np.sqrt(special.chdtri(dof, (1 - nodes) / 2) / dof)
+    different, counts = np.unique(sizes, return_counts=True)
+    p_values = []
+    for t in statistics:
+        inside = np.ones((len(z), len(s)))
+        for size, count in zip(different, counts):
+            shared, own = np.sqrt(size / (size + baseline_size)), np.sqrt(baseline_size / (size + baseline_size))
+            inside *= (special.ndtr((t * s - shared * z) / own) - special.ndtr((-t * s - shared * z) / own)) ** count
+        p_values.append(1 - z_weights @ inside @ s_weights / (2 * z_weights.sum()))
+    return np.clip(p_values, 0, 1)
+
 
 def critical_value(sizes: np.ndarray, baseline_size: int, dof: int) -> float:
-    """Return the statistic at which Dunnett's p equals LEVEL. SciPy's own search fails for some small samples."""
-    roots, ones = 1 / np.sqrt(baseline_size / sizes + 1), np.ones(len(sizes))
-    law = stats.multivariate_t(shape=np.outer(roots, roots) + np.diag(1 - roots**2), df=dof, seed=0)
-    excess = (lambda edge: law.cdf(edge * ones, lower_limit=-edge * ones, maxpts=5000) - 1 + LEVEL)
-    return optimize.brentq(excess, 1, 1.01 * stats.t.isf(LEVEL / 2 / len(sizes), dof), rtol=1e-5)  # to Bonferroni's
+    """Return the statistic at which Dunnett's p equals LEVEL; it lies between Student's and Bonferroni's."""
+    excess = (lambda t: dunnett_p([t], sizes, baseline_size, dof)[0] - LEVEL)
+    return optimize.brentq(excess, 1, 1.01 * stats.t.isf(LEVEL / 2 / len(sizes), dof), rtol=1e-5)
 
 
 def record_test(losses: np.ndarray, target: float) -> dict[str, Any]:
@@ -117,11 +156,15 @@ def mean_curve(runs: list[Result]) -> Curve:
 
 
 class Comparison:
-    """Compare all configurations with the baseline. Raises ValueError if there is no such baseline."""
+    """Compare all configurations with the baseline; `target` is by default its key target_loss.
 
-    def __init__(self, runs: dict[str, list[Result]], baseline: str, target: float):
+    Raises ValueError if there is no such baseline.
+    """
+
+    def __init__(self, runs: dict[str, list[Result]], baseline: str, target: float | None):
         if baseline not in runs:
             raise ValueError(f"--baseline {baseline}: no such configuration; use one of {', '.join(runs)}")
+        target = target or runs[baseline][0].header.configuration.get("target_loss", PUBLISHED_TARGET)
         self.runs, self.baseline, self.target = runs, baseline, target
         self.finished = {name: [run for run in group if run.finished] for name, group in runs.items()}
         self.losses = {n: np.array([run.curve.losses[-1] for run in group]) for n, group in self.finished.items()}
@@ -130,10 +173,11 @@ class Comparison:
         slopes = (losses / steps, losses / seconds) if losses < 0 < seconds else None
         self.crossings = {name: find_crossing(curve, target, slopes) for name, curve in self.curves.items()}
         self.own_crossings = {n: [find_crossing(r.curve, target, slopes) for r in g] for n, g in self.finished.items()}
-        # Final losses are comparable between runs of one length; times to the target between all runs.
+        # Losses are comparable between runs of one length; times to the target between all runs.
         length = runs[baseline][0].num_iterations
         alike = {name: x for name, x in self.losses.items() if len(x) and runs[name][0].num_iterations == length}
-        timed = {name: found for name, found in self.own_crossings.items() if found and all(found)}
+        timed = {name: found for name, found in self.own_crossings.items()
+                 if found and all(crossing.mark != ">" for crossing in found)}
         self.loss = Family(alike, baseline)
         self.time = Family({name: np.array([c.seconds for c in found]) for name, found in timed.items()}, baseline)
 

@@ -53,7 +53,8 @@ def test_results_are_read_and_code_and_accidents_are_not(tmp_path, text):
 
 @pytest.mark.parametrize("text, words", [
     ("", "no results"), (our_log(""), "no results"), (b"\x89PNG\0\xff" * 999, "no results"),
-    (f"{format_step_line(5, 9, 9, 4)}\n{format_step_line(9, 9, 8, 3)}\n", "train_time falls")])
+    (f"{format_step_line(5, 9, 9, 4)}\n{format_step_line(9, 9, 8, 3)}\n", "train_time falls"),
+    (TWO + TWO, "contains 2 runs"), (3 * our_log(TWO), "contains 3 runs"), (TWO + our_log(TWO), "contains 2 runs")])
 def test_an_unusable_log_is_a_line_and_the_others_are_read(tmp_path, text, words):
     write(tmp_path / "c" / "1.txt", text)
     configurations, notes = read_configurations([write_runs(tmp_path / "c", [[5.0, 4.0]])])
@@ -99,7 +100,7 @@ def test_logs_in_deeper_folders_and_other_files_are_skipped_with_a_line(tmp_path
     (our_log(result_lines([5.0, 4.0, 3.0])), "num_iterations was 10 and is 20"),
     (our_log(TWO, code=""), "only one log records the code"),
     (TWO, "only one log records the code; only one log records the configuration"),
-    (our_log(TWO, seed=1, run_id=1, description="b", checkpoint_every=9), None),
+    (our_log(TWO, seed=1, run_id=1, description="b\u2028c", checkpoint_every=9), None),
     (our_log(TWO, code='def f(x):  # why\n    """Why."""\n    return (x+1)\n'), None)])
 def test_runs_of_one_folder_are_split_where_they_differ(tmp_path, text, change):
     write(tmp_path / "c" / "0.txt", our_log(TWO))
