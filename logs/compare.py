@@ -22,11 +22,11 @@ try:
 except ImportError:
     sys.exit("compare.py: numpy is missing; start it with ./run.sh compare, or pip install -r logs/requirements.txt")
 
-from logs import plot
+from logs import plot, run_statistics
 from logs.log_format import RUN_KEYS
 from logs.results import Result, known_keys, list_changes, read_configurations
 from logs.run_log import plural, say
-from logs.run_statistics import LEVEL, POWER, Comparison, Effect, deviation, record_test, runs_needed, stats
+from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, record_test, stats
 
 MAX_SENTENCES = 4  # configurations that are described without --verbose
 MAX_NAMES = 8  # of one verdict, in the first line
@@ -202,12 +202,23 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
                          f"{family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
     if delta and stats and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
-        lines.append(f"To show {delta:g} in loss with power {POWER} takes {runs_needed(effect, LEVEL)} runs of both, "
-                     f"{runs_needed(effect, LEVEL / tests)} where {tests} are compared.")
+        alone, among = (run_statistics.runs_needed(effect, LEVEL / count) for count in (1, tests))
+        lines.append(f"To show {delta:g} in loss with power {run_statistics.POWER} takes {alone} runs of both, {among} "
+                     f"where {tests} are compared.")
     return lines
 
 
-def report(comparison: Comparison, entries: list[dict[str, Any]], options: argparse.Namespace) -> str:
+def rank_against(comparison: Comparison, path: Path, picture: Path | None) -> Ranking:
+    """Compare the order of losses with that of the runs below `path`, whose baseline has the same name."""
+    other = Comparison(read_configurations([path])[0], comparison.baseline, None)
+    ranking = run_statistics.rank_alike(comparison.loss, other.loss)
+    if picture:
+        plot.scatter(comparison.loss, other.loss, ranking, picture)
+    return ranking
+
+
+def report(comparison: Comparison, entries: list[dict[str, Any]], ranking: Ranking | None,
+           options: argparse.Namespace) -> str:
     """Write the answer and the table, sorted by time if most runs reach the target, else by loss; then the lines."""
     width = shutil.get_terminal_size().columns  # 80 without a terminal
     runs, missed = (sum(entry[key] for entry in entries) for key in ("runs", "missed"))
@@ -218,7 +229,10 @@ def report(comparison: Comparison, entries: list[dict[str, Any]], options: argpa
     table = format_markdown(rows) if options.form == "markdown" else format_table(rows, width)
     described = sorted(entries, key=lambda entry: entry["name"] != comparison.baseline)  # the baseline first
     sentences = [sentence(comparison, entry) for entry in described if options.verbose or len(entries) <= MAX_SENTENCES]
-    parts = [answer(comparison), table, remarks(comparison), sentences, changes(comparison),
+    order = [f"Spearman's correlation with {options.against}: {ranking.rho:.2f}, 95% {ranking.low:.2f} to "
+             f"{ranking.high:.2f}, p {ranking.p:.2g}, over {len(ranking.names)} configurations; the runs' noise allows "
+             f"at most {ranking.limit:.2f}."] if ranking else []
+    parts = [answer(comparison), table, order, remarks(comparison), sentences, changes(comparison),
              notes(comparison, options.power)]
     wrap = (lambda line: textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))
     return "\n\n".join(part if part is table else "\n".join(map(wrap, part)) for part in parts if part)
@@ -249,6 +263,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"write {form}")
     add("--forest", type=Path, metavar="FILE", help="plot all differences in loss (.png, .svg or .pdf)")
     add("--plot", type=Path, metavar="FILE", help="plot the curves of up to eight configurations")
+    add("--against", type=Path, metavar="PATH", help="compare the order of losses with other runs' order")
+    add("--scatter", type=Path, metavar="FILE", help="plot the losses of both")
     add("--grid", type=Path, metavar="FILE", help="plot loss and ms per step of pairs_AxB and pool_AxB")
     add("--x", choices=["step", "time"], help="time: --forest of times, --plot over time")
     add("--from", type=float, dest="low", metavar="X", help="--plot: start at this step or second")
@@ -257,12 +273,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in (("--target", options.target), ("--power", options.power)):
         if value is not None and not 0 < value < np.inf:
             parser.error(f"{name}: give a number above 0")
-    for names, needs, has in (("x", "--forest or --plot", options.forest or options.plot),
-                              ("low high", "--plot", options.plot),
-                              ("power verbose", "the table", options.form not in ("json", "csv"))):
-        if any(getattr(options, name) not in (None, False) for name in names.split()) and not has:
-            parser.error(f"{names.replace('low high', '--from, --to')}: without effect; use it with {needs}")
-    for file in filter(None, (options.forest, options.plot, options.grid)):
+    is_table = options.form not in ("json", "csv")
+    for option, value, needs, has in (
+            ("--x", options.x, "--forest or --plot", options.forest or options.plot),
+            ("--from", options.low, "--plot", options.plot), ("--to", options.high, "--plot", options.plot),
+            ("--scatter", options.scatter, "--against", options.against),
+            ("--power", options.power, "the table", is_table), ("--verbose", options.verbose, "the table", is_table)):
+        if value not in (None, False) and not has:
+            parser.error(f"{option}: without effect; use it with {needs}")
+    for file in filter(None, (options.forest, options.plot, options.grid, options.scatter)):
         if file.suffix not in plot.SUFFIXES:
             parser.error(f"{file}: not a picture; end its name in {', '.join(plot.SUFFIXES)}")
     return options
@@ -290,10 +309,12 @@ def main(arguments: list[str]) -> int:
             plot.curves(comparison, of_time, options.low, options.high, options.plot)
         if options.grid:
             plot.grid(comparison, options.grid)
+        ranking = options.against and rank_against(comparison, options.against, options.scatter)
         entries = [summarize(comparison, name) for name in runs]
-        whole = dict(target=comparison.target, baseline=baseline, configurations=entries)
+        whole = dict(target=comparison.target, baseline=baseline, configurations=entries) | (
+            dict(ranking=ranking._asdict()) if ranking else {})
         say(json.dumps(whole, indent=2, allow_nan=False) if options.form == "json" else
-            report(comparison, entries, options))
+            report(comparison, entries, ranking, options))
     except (ValueError, OSError) as error:
         print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

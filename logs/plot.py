@@ -10,7 +10,7 @@ import numpy as np
 from logs.log_format import RUN_KEYS
 from logs.results import Result, known_keys
 from logs.run_log import plural
-from logs.run_statistics import LEVEL, Comparison, Effect, stats
+from logs.run_statistics import LEVEL, Comparison, Effect, Family, Ranking, stats
 
 # From Okabe and Ito's palette, safe for colour-blind readers: https://jfly.uni-koeln.de/color/
 VERDICTS = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "s"), "undecided": ("#7F7F7F", "D")}
@@ -168,6 +168,20 @@ def curves(comparison: Comparison, of_time: bool, low: float | None, high: float
                 title=shown)
     axes.set(xlabel="training time (s)" if of_time else "step", ylabel="validation loss (nats per token)",
              xlim=(low, max(high, low + 1)))
+    axes.figure.savefig(file, bbox_inches="tight")
+
+
+def scatter(small: Family, large: Family, ranking: Ranking, file: Path) -> None:
+    """Plot each configuration's mean loss in two families, with standard errors."""
+    (axes,) = new_axes(7)
+    for name in ranking.names:
+        (x, dx), (y, dy) = ((family.samples[name].mean(), family.deviation / len(family.samples[name]) ** 0.5)
+                            for family in (large, small))
+        axes.errorbar(x, y, dy, dx, fmt="o", color=COLORS[1], markersize=4, linewidth=0.8)
+        axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=8, parse_math=False)
+    axes.set(xlabel="final loss, --against (nats; bars: standard errors)", ylabel="final loss, PATH (nats)",
+             title=f"Spearman's correlation {ranking.rho:.2f}, 95% {ranking.low:.2f} to {ranking.high:.2f}, "
+                   f"{len(ranking.names)} configurations")
     axes.figure.savefig(file, bbox_inches="tight")
 
 

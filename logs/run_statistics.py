@@ -146,6 +146,39 @@ def runs_needed(effect: float, level: float) -> int:
     return runs
 
 
+class Ranking(NamedTuple):
+    """How alike two families order the configurations that both have."""
+    names: list[str]
+    rho: float  # Spearman's, of the mean losses
+    low: float  # 95% interval
+    high: float
+    p: float
+    limit: float  # the correlation that noise allows: the root of both reliabilities' product
+
+
+def reliability(family: Family, names: list[str]) -> float:
+    """Return the part of the variance of the configurations' means that their runs' deviation does not explain."""
+    noise = np.mean([family.deviation**2 / len(family.samples[name]) for name in names])
+    return max(0.0, 1 - noise / np.var([family.samples[name].mean() for name in names], ddof=1))
+
+
+def rank_alike(small: Family, large: Family) -> Ranking:
+    """Compare the order of the configurations in two families. Raises ValueError without scipy, repeats or four names.
+
+    A pair of noisy means is one observation, so the interval (Bonett and Wright 2000,
+    https://doi.org/10.1007/BF02294183) includes the noise of both.
+    """
+    names = [name for name in small.samples if name in large.samples]
+    if len(names) < 4 or not stats or not small.deviation or not large.deviation:
+        raise ValueError(f"--against: a correlation needs scipy, repeated runs and 4 common configurations of one "
+                         f"length, not {len(names)}")
+    rho, p = stats.spearmanr(*([family.samples[name].mean() for name in names] for family in (small, large)))
+    half = stats.norm.isf(LEVEL / 2) * math.sqrt((1 + rho**2 / 2) / (len(names) - 3))
+    middle = math.atanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
+    limit = math.sqrt(reliability(small, names) * reliability(large, names))
+    return Ranking(names, float(rho), math.tanh(middle - half), math.tanh(middle + half), float(p), limit)
+
+
 def mean_curve(runs: list[Result]) -> Curve:
     """Average losses and times over the validations that all runs share; return an empty curve without runs."""
     if not runs:

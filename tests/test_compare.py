@@ -173,6 +173,15 @@ def test_a_scale_s_target_comes_from_the_header(tmp_path, capsys):
     assert as_json(capsys, tmp_path, "--target", 4)[None]["target"] == 4
 
 
+def test_the_order_of_losses_is_compared_with_that_of_other_runs(tmp_path, capsys):
+    for i, name in enumerate(["baseline", "a", "b", "c", "d"]):
+        write_runs(tmp_path / "small" / name, [SHAPE + 0.1 * i, SHAPE + 0.1 * i + 0.01])
+        write_runs(tmp_path / "large" / name, [SHAPE - 0.1 * i, SHAPE - 0.1 * i + 0.01], ms=30)
+    options = tmp_path / "small", "--against", tmp_path / "large", "--scatter", tmp_path / "a.png"
+    assert "large: -1.00, 95% " in run(capsys, *options)[1] and (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert as_json(capsys, *options)[None]["ranking"]["rho"] == pytest.approx(-1)
+
+
 def test_a_hundred_configurations_take_less_than_ten_seconds(tmp_path, capsys):
     for i in range(100):
         write_runs(tmp_path / f"c{i}", [SHAPE + i * 1e-4 + noise for noise in (0, 0.001, 0.003)[: 1 + i % 3]])
@@ -210,8 +219,9 @@ def test_odd_and_long_names_fit_both_tables(two, capsys):
     ("", "PATH"), ("nowhere", "nowhere (no such file)"), ("empty", "no logs (*.txt, *.log): empty"),
     (". --baseline c", "use one of baseline, better"), (". --target low", "--target"), (". --power 0", "--power"),
     (". --plot figure.jpgg", "jpgg"), (". --forest nowhere/figure.png", "nowhere/figure.png"), (". --x loss", "--x"),
-    (". --json --csv", "--csv: not allowed with"), (". --from 3", "--from, --to: without effect"),
-    (". --x time", "x: without effect"), (". --json --power 1", "power"), (". --csv --verbose", "verbose"),
+    (". --json --csv", "--csv: not allowed with"), (". --from 3", "--from: without effect"),
+    (". --x time", "--x: without effect"), (". --json --power 1", "power"), (". --csv --verbose", "verbose"),
+    (". --scatter a.png", "--scatter: without effect"), (". --against .", "needs scipy, repeated runs and 4 common"),
     (". --plot a.png --from 30 --to 20", "--to"), (". --grid a.png", "pairs_4x2"), (". --unknown", "--unknown")])
 def test_mistakes_are_a_line(two, monkeypatch, capsys, arguments, words):
     (two / "empty").mkdir()

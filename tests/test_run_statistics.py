@@ -9,7 +9,16 @@ from scipy import stats
 from logs import run_statistics
 from logs.log_format import ROOT, Header
 from logs.results import Curve, Result, read_configurations
-from logs.run_statistics import Comparison, Family, critical_value, find_crossing, mean_curve, record_test, runs_needed
+from logs.run_statistics import (
+    Comparison,
+    Family,
+    critical_value,
+    find_crossing,
+    mean_curve,
+    rank_alike,
+    record_test,
+    runs_needed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +149,19 @@ def test_the_record_rule_is_a_one_sided_t_test():
     for few in ([], [2.8], [2.8, 2.8]):
         undefined = dict(t=None, p=None, upper_bound=None, record=False)
         assert undefined.items() <= record_test(np.array(few), 2.92).items()
+
+
+@pytest.mark.parametrize("noise, limit", [(1e-3, (0.99, 1)), (5.0, (0.5, 0.95)), (90.0, (0, 0.6))])
+def test_the_rank_correlation_is_scipy_s_and_its_limit_falls_with_the_runs_noise(noise, limit):
+    rng, names = np.random.default_rng(0), [f"c{i}" for i in range(20)]
+    small, large = (Family({name: i + noise * rng.normal(size=2) for i, name in enumerate(names)}, "c0")
+                    for _ in range(2))
+    ranking = rank_alike(small, large)
+    means = [[family.samples[name].mean() for name in ranking.names] for family in (small, large)]
+    assert (ranking.rho, ranking.p) == pytest.approx(tuple(stats.spearmanr(*means)))
+    assert ranking.low < ranking.rho < ranking.high + 1e-9 and limit[0] <= ranking.limit <= limit[1]
+    with pytest.raises(ValueError, match="4 common configurations"):
+        rank_alike(small, Family({name: large.samples[name] for name in names[:3]}, "c0"))
 
 
 @pytest.mark.parametrize("effect, runs", [(0.5, 64), (0.8, 26), (1.0, 17), (100.0, 2)])
