@@ -36,9 +36,9 @@ from configs.checks import NO_ATTENTION_LAYER, NUM_LAYERS, num_source_heads, rea
 from configs.config import check_log_dir, error_context, expand_path, key, load, parse_command_line, scale_path
 from data.loader import train_batches, val_sequences
 from data.shards import MissingShardsError, open_shards
-from logs import checkpoint, distributed, run_log
+from logs import checkpoint, distributed, run_log, summary
 from logs.distributed import on_all_ranks
-from logs.log_format import format_step_line, program_text
+from logs.log_format import program_text
 
 # -----------------------------------------------------------------------------
 # Constants (record 8's values; configs/checks.py has the number of layers), then the keys of a config
@@ -657,25 +657,34 @@ class Trainer:
         dist.all_reduce(losses)
         return losses.double().mean().item()
 
-    def warm_up(self) -> None:
-        """Compile and warm every kernel on random tokens, then restore weights and optimizer states."""
+    def warm_up(self) -> tuple[float, float]:
+        """Compile and warm every kernel on random tokens, then restore weights and optimizer states.
+
+        Returns the seconds of the last step and of a validation, (0, 0) without warmup_steps.
+        """
         hp = self.hp
         distributed.reset_watchdog(self.timeout_s)
         if hp.warmup_steps == 0:
-            return
+            return 0.0, 0.0
         weights = {name: w.clone() for name, w in self.model.state_dict().items()}
         tokens = torch.randint(hp.vocab_size, (hp.sequences_per_step // self.world_size, hp.train_seq_len),
                                device=self.device)
         for _ in range(hp.warmup_steps):
+            started_at = distributed.synchronize(self.device)
             self.train_step(0, tokens.int(), tokens)
+        step_s = distributed.synchronize(self.device) - started_at
         tokens = torch.randint(hp.vocab_size, (hp.val_seq_len,), device=self.device)
-        with torch.no_grad():
-            self.loss(0, tokens.int(), tokens)  # a validation that does not fit in memory fails here
+        for _ in range(2):  # the first one compiles
+            started_at = distributed.synchronize(self.device)
+            with torch.no_grad():
+                self.loss(0, tokens.int(), tokens)  # a validation that does not fit in memory fails here
+        sequence_s = distributed.synchronize(self.device) - started_at
         self.model.load_state_dict(weights)
         for optimizer in self.optimizers:
             optimizer.state.clear()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        return step_s, sequence_s * hp.num_val_sequences / self.world_size
 
 
 def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop: distributed.StopFlag, first_step: int,
@@ -695,7 +704,7 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
         if is_last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             time_ms += 1000 * (distributed.synchronize(device) - started_at)
             val_loss = trainer.validate(step)
-            log.line(format_step_line(step, hp.num_iterations, time_ms, val_loss))
+            log.validation_line(step, hp.num_iterations, time_ms, val_loss)
             if not math.isfinite(val_loss):
                 raise distributed.Diverged(step, f"the validation loss is {val_loss}")
             started_at = distributed.synchronize(device)
@@ -721,7 +730,11 @@ def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, 
     step, time_ms = checkpoint.begin_log(log, identity, state, drawing, device)
     log.line(f"log: {log.path}\nwarm-up: {run_log.plural(hp.warmup_steps, 'step')}, not timed, then undone")
     trainer = Trainer(hp, device)
-    trainer.warm_up()
+    step_s, validation_s = trainer.warm_up()
+    if step_s:
+        every = hp.val_loss_every or hp.num_iterations
+        validations = 1 + sum(s % every == 0 for s in range(step, hp.num_iterations))
+        log.line(summary.estimate(hp.num_iterations - step, step_s, validations, validation_s))
     if state is not None:
         checkpoint.restore(state, trainer.model, *trainer.optimizers)
         state.clear()  # the memory-mapped file would keep its place on the disk until the end of the run
@@ -730,6 +743,7 @@ def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, 
         if hp.save_checkpoint:
             checkpoint.write_weights(log, trainer.model, hp.num_iterations, identity["code"])
         log.line(distributed.peak_memory(device))
+        log.line(summary.describe_end(log.path, hp.scale, hp.num_iterations))
         checkpoint.remove(run_log.checkpoint_path(log.path))
     log.end("finished")
     distributed.synchronize(device)

@@ -178,6 +178,11 @@ class RunLog:
         elif self.path is not None and step % PRINT_EVERY == 0:
             say(text)
 
+    def validation_line(self, step: int, num_iterations: int, train_time_ms: float, val_loss: float) -> None:
+        self.line(format_step_line(step, num_iterations, train_time_ms, val_loss))
+        if self.bar:
+            self.bar.set_postfix_str(f"val_loss {val_loss:.4f}")
+
     def end(self, why: str) -> None:
         """Write the last line, with date and host, and ignore a failure to write it."""
         with suppress(OSError):

@@ -73,8 +73,8 @@ def test_warm_up_leaves_no_trace(small_config, process_group):
 def test_the_warm_up_runs_training_and_validation(small_config, process_group):
     trainer, seen = start_trainer(small_config(sequences_per_step=1), warmup_steps=2), []
     trainer.model.register_forward_hook(lambda module, args, loss: seen.append((len(args[0]), loss.requires_grad)))
-    trainer.warm_up()
-    assert seen == [(128, True)] * 2 + [(256, False)]
+    assert min(trainer.warm_up()) > 0  # seconds of a step and of a validation
+    assert seen == [(128, True)] * 2 + [(256, False)] * 2
 
 
 # -----------------------------------------------------------------------------
@@ -141,8 +141,10 @@ def test_the_log_of_a_run_from_its_first_line_to_its_last(run_main, small_config
     assert [name for name, *_ in header["train_data"]] == ["s_train_000001.bin"] and header["device"] == "cpu"
     assert [(int(match[1]), int(match[2])) for match in VAL_LINE.finditer(lines)] == [(0, 4), (3, 4), (4, 4)]
     assert [(int(match[1]), int(match[2])) for match in TRAIN_LINE.finditer(lines)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    *_, peak, ended = lines.splitlines()
+    *_, peak, curve, command, ended = lines.splitlines()
     assert re.fullmatch(r"peak memory resident: \d+ MiB", peak) and ended.endswith(": finished")
+    assert "estimate: at least 0 min, for 4 steps of " in lines and " ms and 3 validations of " in lines
+    assert curve.startswith("validations after step 0: ") and command.startswith("compare: ./run.sh compare ")
 
 
 def test_run_ids_count_up_and_are_the_seed(run_main, small_config, tmp_path):

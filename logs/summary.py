@@ -1,0 +1,44 @@
+"""Estimate a run's length before it and, after it, show its curve, the known loss and how to compare."""
+
+import shlex
+import statistics
+from pathlib import Path
+
+from logs.log_format import ROOT, parse_step_lines
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def estimate(num_steps: int, step_s: float, num_validations: int, validation_s: float) -> str:
+    """Return the log's line on how long training and validations will take, from their seconds in the warm-up.
+
+    A later step takes longer on a GPU, because the window grows.
+    """
+    minutes = (num_steps * step_s + num_validations * validation_s) / 60
+    return (f"estimate: at least {minutes:.0f} min, for {num_steps} steps of {1000 * step_s:.0f} ms and "
+            f"{num_validations} validations of {validation_s:.1f} s")
+
+
+def validations(log: Path) -> dict[int, float]:
+    """Return the losses of a log's validations by step; a resumed run's last ones count."""
+    lines = parse_step_lines(log.read_text(encoding="utf-8", errors="replace"))
+    return {line.step: line.val_loss for line in lines if line.val_loss is not None}
+
+
+def sparkline(losses: list[float]) -> str:
+    """Draw a bar per validation after step 0: the first ones would flatten the others."""
+    low, high = min(losses), max(losses)
+    return "".join(BARS[round((len(BARS) - 1) * (loss - low) / ((high - low) or 1))] for loss in losses)
+
+
+def describe_end(log: Path, scale: str, num_iterations: int) -> str:
+    """Return the log's last lines: the curve, the published runs' loss of this config and scale, the next command."""
+    losses, published = validations(log), ROOT / "logs/published" / Path(scale).stem
+    known = [found[num_iterations] for found in map(validations, sorted((published / log.parent.name).glob("*.txt")))
+             if found and max(found) == num_iterations]
+    curve = [loss for step, loss in losses.items() if step] or [*losses.values()]
+    lines = [f"validations after step 0: {sparkline(curve)} from {curve[0]:.4f} to {curve[-1]:.4f}"]
+    if known:
+        lines.append(f"known: {log.parent.name} ended at {statistics.mean(known):.4f} in {len(known)} published runs")
+    others = published.relative_to(ROOT) if published.is_dir() else log.parent.parent
+    return "\n".join([*lines, f"compare: ./run.sh compare {shlex.quote(str(log.parent))} {shlex.quote(str(others))}"])
