@@ -25,7 +25,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+try:
+    import torch
+except ImportError:
+    sys.exit("train_gpt_medium.py: PyTorch is missing; start with ./run.sh, or with .venv/bin/torchrun after it")
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn

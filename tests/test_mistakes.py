@@ -1,6 +1,8 @@
 """Test every user mistake against the program itself: `--check` prints one line with place, fault and fix; status 2."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,13 @@ def test_torchrun_restarts_only_a_numbered_run(monkeypatch):
     train.check_run(train.Hyperparameters(run_id=0), Path("c.toml"), 1)
     with pytest.raises(ValueError, match="run_id: torchrun can restart only a numbered run; give --run_id"):
         train.check_run(train.Hyperparameters(run_id=None), Path("c.toml"), 1)
+
+
+@pytest.mark.parametrize("missing, program", [("torch", "train_gpt_medium.py"), ("numpy", "logs/compare.py")])
+def test_a_missing_package_is_a_line(missing, program):
+    code = f"import runpy, sys; sys.modules['{missing}'] = None; runpy.run_path('{program}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "is missing; start" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("entries, only, lines", [
