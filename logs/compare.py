@@ -295,9 +295,6 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"no results to compare: {'; '.join(lines)}")
         print(*(f"compare.py: {' '.join(line.split())}\n" for line in lines), sep="", end="", file=sys.stderr)
         baseline = options.baseline or next((n for n in runs if n.split("/")[-1] == "baseline"), next(iter(runs)))
-        if options.form == "csv":
-            say(format_csv(runs))
-            return 0
         if options.at is not None:
             runs = {name: [run.cut(options.at) for run in group] for name, group in runs.items()}
             if not any(run.finished for group in runs.values() for run in group):
@@ -309,6 +306,9 @@ def main(arguments: list[str]) -> int:
             plot.curves(comparison, of_time, options.low, options.high, options.plot)
         if options.grid:
             plot.grid(comparison, options.grid)
+        if options.form == "csv":
+            say(format_csv(runs))
+            return 0
         ranking = options.against and rank_against(comparison, options.against, options.scatter)
         entries = [summarize(comparison, name) for name in runs]
         whole = dict(target=comparison.target, baseline=baseline, configurations=entries) | (

@@ -53,7 +53,7 @@ def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
     tables, own = layers_of(keys), layers_of(baseline)
     if tables == own:
         return "baseline"
-    if any(len(layers) > 1 and max(layers) - min(layers) < NUM_LAYERS // 2 for layers in tables):
+    if any(len(layers) > 1 and (max(layers) < NUM_LAYERS // 2 or min(layers) >= NUM_LAYERS // 2) for layers in tables):
         return "shared by neighbors"
     more = sum(map(len, tables)) - sum(map(len, own)) or len(tables) - len(own)
     return "more tables" if more > 0 else "fewer tables" if more < 0 else "shifted"
@@ -109,7 +109,8 @@ def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
     title = f"against {comparison.baseline}; 95% simultaneous intervals (Dunnett), a tick per run"
     axes.figure.text(0.01, 0.985, title, va="top", fontsize=10, parse_math=False)
     left_out = [name for name in comparison.runs if comparison.finished[name] and name not in family.samples]
-    note = f"not compared, of another length: {', '.join(left_out)}" if left_out else ""
+    why = "too far from the target" if of_time else "of another length"
+    note = f"not compared, {why}: {', '.join(left_out)}" if left_out else ""
     axes.figure.text(0.01, 0.01, note, fontsize=8, wrap=True, parse_math=False)
     axes.set_xlabel(f"change in {what} ({unit}, lower is better)")
     cells.set_xlabel("layers 0 to 15, a color per table")

@@ -193,7 +193,7 @@ def test_a_hundred_configurations_take_less_than_ten_seconds(tmp_path, capsys):
 @pytest.mark.parametrize("entries, keys, group", [
     ([[0, 13], [1, 14], [2, 15]], {}, "baseline"), ([[0, 12], [1, 13], [2, 14], [3, 15]], {}, "more tables"),
     ([[1, 14], [2, 15]], {}, "fewer tables"), ([], {}, "fewer tables"), ([[0, 1], [14, 15]], {}, "shared by neighbors"),
-    ([[1, 13], [2, 14], [3, 15]], {}, "shifted"), ([{"layers": [1], "source": "bigram"}], {}, "other sources"),
+    ([[1, 13], [2, 14], [4, 11]], {}, "shifted"), ([{"layers": [1], "source": "bigram"}], {}, "other sources"),
     ([[0, 13], [1, 14], [2, 15]], {"value_embedding_gate": True}, "other keys")])
 def test_the_forest_groups_by_what_a_configuration_changes(entries, keys, group):
     baseline = {"value_embeddings": [[0, 13], [1, 14], [2, 15]], "value_embedding_gate": False}
