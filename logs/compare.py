@@ -198,8 +198,9 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
             missing = "two runs of a configuration" if stats else "scipy: pip install -r logs/requirements.txt"
             lines.append(f"No test of {what}: it needs {missing}.")
         elif family.effects:
-            lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once; deviation "
-                         f"{family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
+            lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once"
+                         f"{', runs paired by seed' * family.is_paired}; deviation {family.deviation:.3g} {unit}, "
+                         f"{family.dof} degrees of freedom.")
     if delta and stats and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
         alone, among = (run_statistics.runs_needed(effect, LEVEL / count) for count in (1, tests))

@@ -62,13 +62,32 @@ class Effect(NamedTuple):
         return "undecided" if self.p >= LEVEL else "better" if self.difference < 0 else "worse"
 
 
+def is_balanced(samples: dict[str, np.ndarray], seeds: dict[str, list[int | None]]) -> bool:
+    """Tell whether every configuration has the same two or more seeds, each once."""
+    own = [seeds.get(name, [None]) for name in samples]
+    return len(own) > 1 and len(own[0]) > 1 and all(None not in s and sorted(s) == sorted({*own[0]}) for s in own)
+
+
+def remove_seed_effects(samples: dict[str, np.ndarray], seeds: dict[str, list[int | None]]) -> dict[str, np.ndarray]:
+    """Subtract each seed's mean over the configurations, and add the mean of all: a randomized block design."""
+    rows = np.array([sample[np.argsort(seeds[name])] for name, sample in samples.items()])
+    return dict(zip(samples, rows - rows.mean(axis=0) + rows.mean()))
+
+
 class Family:
     """Compare all configurations with the baseline in one measure by Dunnett's test. `deviation`, pooled within
-    configurations, is None if no two runs of one configuration differ; then there are no tests."""
+    configurations, is None if no two runs of one configuration differ; then there are no tests.
 
-    def __init__(self, samples: dict[str, np.ndarray], baseline: str):
+    `seeds` are those of the samples' runs. If every configuration has the same ones, runs of a seed share their
+    initial values, and the test pairs them: the samples lose the seeds' effects, and the test their degrees of freedom.
+    """
+
+    def __init__(self, samples: dict[str, np.ndarray], baseline: str, seeds: dict[str, list[int | None]] = {}):
+        samples, self.is_paired = (remove_seed_effects(samples, seeds), True) if is_balanced(samples, seeds) else (
+            samples, False)
         self.samples = samples
         self.dof = sum(len(sample) - 1 for sample in samples.values())
+        self.dof -= self.is_paired * (len(next(iter(samples.values()))) - 1)
         squares = sum(np.var(sample) * len(sample) for sample in samples.values())
         largest = max((abs(sample).max() for sample in samples.values()), default=0)
         self.deviation = math.sqrt(squares / self.dof) if squares > (1e-12 * largest) ** 2 else None
@@ -211,7 +230,8 @@ class Comparison:
         alike = {name: x for name, x in self.losses.items() if len(x) and runs[name][0].num_iterations == length}
         timed = {name: found for name, found in self.own_crossings.items()
                  if found and all(crossing.mark != ">" for crossing in found)}
-        self.loss = Family(alike, baseline)
+        seeds = {n: [r.header.configuration.get("seed") for r in group] for n, group in self.finished.items()}
+        self.loss = Family(alike, baseline, seeds)
         self.time = Family({name: np.array([c.seconds for c in found]) for name, found in timed.items()}, baseline)
 
     def effects(self, name: str) -> tuple[Effect, Effect]:

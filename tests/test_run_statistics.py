@@ -99,6 +99,31 @@ def test_intervals_hold_where_scipy_s_own_search_for_them_fails():
     assert (statistics.max(axis=1) > critical_value(sizes, 2, 4)).mean() == pytest.approx(0.05, abs=0.002)
 
 
+def test_runs_of_the_same_seeds_are_paired():
+    rng, seed_effect = np.random.default_rng(0), np.array([3.0, 0.0, -5.0, 9.0])
+    a, b = (seed_effect + rng.normal(size=4) * 0.1 + mean for mean in (1.0, 1.2))
+    paired = Family({"a": a, "b": b[::-1]}, "b", {"a": [0, 1, 2, 3], "b": [3, 2, 1, 0]})
+    assert paired.is_paired and paired.effects["a"].p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-3)
+    interval = stats.ttest_rel(a, b).confidence_interval()
+    assert paired.effects["a"].half_width == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [
+    {}, {"a": [0, 1, 2], "b": [0, 1, 3]}, {"a": [0, 1, 1], "b": [0, 1, 1]}, {"a": [0, 1, None], "b": [0, 1, None]}])
+def test_runs_of_other_or_unknown_seeds_are_not_paired(seeds):
+    assert not Family({"a": np.array([1.0, 2, 4]), "b": np.array([1.0, 3, 5])}, "b", seeds).is_paired
+
+
+def test_the_paired_test_calls_five_percent_of_equal_families_different(monkeypatch):
+    monkeypatch.setattr(run_statistics, "critical_value", lambda *_: np.nan)  # verdicts use p alone
+    rng, wrong = np.random.default_rng(1), 0
+    for _ in range(300):
+        rows = rng.normal(size=4) + 0.5 * rng.normal(size=(8, 4))  # a seed's effect, and the rest
+        family = Family(dict(zip("abcdefgh", rows)), "a", {name: [0, 1, 2, 3] for name in "abcdefgh"})
+        wrong += min(effect.p for effect in family.effects.values()) < 0.05
+    assert 4 <= wrong <= stats.binom.ppf(0.99, 300, 0.05) == 24
+
+
 def test_single_runs_take_part_if_two_runs_of_any_configuration_differ():
     effects = Family({"base": np.array([1.0]), "one": np.array([1.01]), "two": np.array([2.0, 2.001])}, "base").effects
     assert effects["two"].verdict == "worse" and effects["one"].p is not None
