@@ -100,9 +100,10 @@ def check_log_dir(folder: Path) -> None:
 # Files and options
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the known name spelled most like `name`."""
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+def suggest(name: str, known: Sequence[str], form: str = "{}", otherwise: str = "") -> str:
+    """Return the known name that is spelled similarly, written in `form`; if there is none, name all."""
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+    return f"did you mean {form.format(*similar)}?" if similar else f"use one of {otherwise or ', '.join(known)}"
 
 
 def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]
     if not path.is_file():
         folder = "configs/scales" if is_scale else "configs"
         known = [file.stem for file in (Path(__file__).parent.parent / folder).glob("*.toml")]
-        raise ValueError(f"{path}: not a file; did you mean {folder}/{nearest(path.stem, known)}.toml?")
+        raise ValueError(f"{path}: not a file; " + suggest(path.stem, known, folder + "/{}.toml", folder + "/*.toml"))
     with error_context(str(path)):
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -120,7 +121,7 @@ def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]
     for name, value in values.items():
         with error_context(f"{path}: {name}"):
             if name not in known:
-                raise ValueError(f"unknown key; did you mean {nearest(name, list(known))}?")
+                raise ValueError(f"unknown key; {suggest(name, list(known))}")
             if is_scale and not known[name].metadata["scale"]:
                 raise ValueError("a scale sets only size and data; move this key to the config")
             values[name] = check_value(known[name], value)
@@ -190,11 +191,10 @@ def parse_command_line(
     options = argparse.Namespace(check=overrides.pop("check"), json=overrides.pop("json"))
     if unknown and unknown[0].startswith("-"):
         option, names = unknown[0].partition("=")[0], [f.name for f in fields(cls)]
-        raise ValueError(f"{option}: unknown key; did you mean --{nearest(option.lstrip('-'), names)}?")
+        raise ValueError(f"{option}: unknown key; {suggest(option.lstrip('-'), names, '--{}')}")
     if options.json and not options.check:
         raise ValueError("--json: needs --check; add it")
-    extra = [] if options.json else configs[1:]
-    if words := [str(path) for path in configs if path.suffix != ".toml" or path in extra] + unknown:
+    if words := [str(c) for c in configs if c.suffix != ".toml" or not options.json and c in configs[1:]] + unknown:
         raise ValueError(f"unexpected argument {words[0]}: name a config by its .toml file, set a key with "
                          "--KEY VALUE, and quote a VALUE with brackets, spaces or *")
     return configs, overrides, options

@@ -35,10 +35,11 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("text, options, message", [
     ("Width = 5", {}, "{}/c.toml: Width: unknown key; did you mean width?"),
+    ("x = 5", {}, "{}/c.toml: x: unknown key; use one of steps, width, seed, rate, save, files, tables, scale"),
     ("seed = 1.5", {}, "{}/c.toml: seed: expected an integer, found 1.5"),
     ("steps = 5\nseed = = 3", {}, "{}/c.toml: not a TOML file in UTF-8: Invalid value (at line 2"),
     (b"\xff\xfe\0", {}, "{}/c.toml: not a TOML file in UTF-8"),
-    ("scale = 'no/x.toml'", {}, "{}/c.toml: scale: no/x.toml: not a file"),
+    ("scale = 'no/x.toml'", {}, "{}/c.toml: scale: no/x.toml: not a file; use one of configs/scales/*.toml"),
     ("", dict(tables="[[0,"), "--tables: expected a list, found \"[[0,\"; close its brackets and quote it: --tables"),
     ("", dict(scale="{}/bad.toml"),
      "--scale: {}/bad.toml: rate: a scale sets only size and data; move this key to the config"),
