@@ -10,10 +10,11 @@
 
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run.sh
 set -euo pipefail
-unset CDPATH WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE # CDPATH redirects cd; torchrun sets the others
+unset CDPATH WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE PYTHON_EXEC ${!PET_@} ${!TORCHELASTIC_@} # cd's, torchrun's
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 venv=$here/.venv python=${PYTHON:-python3}
-[ -n "${PYTHON-}" ] || [ ! -x "$venv/bin/python" ] || python=$venv/bin/python
+use_venv() { python=$venv/bin/python && unset PYTHONPATH PYTHONHOME; } # these can lead to another Python's packages
+[ -n "${PYTHON-}" ] || [ ! -x "$venv/bin/python" ] || use_venv
 training="tomllib torch numpy tqdm huggingface_hub" comparing="tomllib numpy scipy matplotlib"
 has() { # Whether the Python $1 has the modules $2... They are not imported, because importing PyTorch takes seconds.
     "$1" -c 'import sys; from importlib.util import find_spec; from importlib.metadata import version
@@ -23,18 +24,22 @@ if not missing and "torch" in sys.argv and not (2, 11) <= tuple(map(int, version
 sys.exit(f"run.sh: {sys.executable} lacks {missing[0]}" if missing else 0)' "${@:2}"
 }
 fail() { echo "run.sh: $*" >&2 && exit 2; }
-get_python() { # Sets `python` to one that has the modules $1. In .venv, installs the requirements files $2... once.
+get_python() { # Sets `python` to one that has the modules $1. In .venv, installs what it lacks of the files $2... once.
     [ -z "${PYTHON-}" ] || { why=$(has "$PYTHON" $1 2>&1) || fail "${why#run.sh: }; correct or unset PYTHON"; return; }
     [ -d "$venv" ] || ! has python3 $1 || return 0
-    python=$venv/bin/python
+    use_venv && pip=("$python" -m pip)
+    [ -e "$python" ] || [ -L "$python" ] || { has python3 ensurepip && python3 -m venv "$venv"; } ||
+        fail "cannot make $venv; install Python 3.10 or newer, on Ubuntu: sudo apt install python3 python3-venv"
     for file in "${@:2}"; do # its copy in .venv says that it is installed there
         ! cmp -s "$here/$file" "$venv/$file" || continue
         echo "run.sh: installing $file in $venv"
-        "$python" -c "import pip" 2>/dev/null || { has python3 ensurepip && python3 -m venv "$venv"; } ||
-            fail "cannot make $venv; install Python 3.10 or newer, on Ubuntu: sudo apt install python3 python3-venv"
-        "$python" -m pip install --quiet --requirement "$here/$file" || fail "cannot install $file; see the lines above"
+        "$python" -c "import pip" 2>/dev/null || { hash uv && pip=(uv pip); } 2>/dev/null || "$python" -m ensurepip || :
+        sed "$(! has "$python" torch 2>/dev/null || echo '/^torch==/d')" "$here/$file" | # keep a suitable PyTorch
+            VIRTUAL_ENV=$venv "${pip[@]}" install --quiet --requirement /dev/stdin || has "$python" $1 ||
+            fail "cannot install $file; see the lines above"
         mkdir -p "$(dirname "$venv/$file")" && cp "$here/$file" "$venv/$file"
     done
+    why=$(has "$python" $1 2>&1) || fail "${why#run.sh: }; install it there, or move $venv away and rerun"
 }
 
 case ${1-} in
