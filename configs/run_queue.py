@@ -29,11 +29,10 @@ from logs.run_log import say
 
 PROGRAM = "train_gpt_medium.py"
 DEFAULT_CONFIG = "configs/baseline.toml"
-Experiment = SimpleNamespace  # a config with the options, as the script's check_for_queue describes it
 EDITED = "its config or the program was edited after the queue started; start the queue again"
 
 
-def read_program(e: Experiment) -> tuple[list[bytes], str] | None:
+def read_program(e: SimpleNamespace) -> tuple[list[bytes], str] | None:
     """Return what decides the numbers: config and scale, and the code without comments. None if a file is gone."""
     with suppress(OSError, ValueError):
         return [Path(file).read_bytes() for file in e.files], log_format.syntax(log_format.program_text())
@@ -49,13 +48,11 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     parser.add_argument("--notify", default="")
     parser.add_argument("--check", action="store_true")
     options, words = parser.parse_known_args(arguments)
-    if any(word.startswith("--json") for word in words):
-        raise ValueError(f"--json: not an option of the queue; use: python {PROGRAM} CONFIG.toml --check --json")
     if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
         raise ValueError("-n takes the number of runs, 1 to 999, and --run_id the number of a run, 0 to 999")
     with error_context("--notify"):
         options.notify = shlex.split(options.notify)
-    wrong = [word for word in words if re.match("-[^-0-9]", word)]
+    wrong = [word for word in words if re.match("-[^-0-9]|--json", word)]
     if wrong := wrong or [word for word in options.notify[:1] if not shutil.which(word)]:
         raise ValueError(f"{wrong[0]}: no such option or command; quote COMMAND, as in --notify 'mail -s done me'")
     configs, overrides, rest = [], [], iter(words)
@@ -67,23 +64,16 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     return options, configs, overrides
 
 
-def run_python(arguments: list[str], **options: Any) -> subprocess.CompletedProcess:
-    """Run a Python program and wait for it. It gets SIGTERM if the queue is killed."""
-    return subprocess.run([sys.executable, *arguments], **options,
-                          preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM))
-
-
-def describe(configs: list[str], overrides: list[str]) -> list[Experiment]:
+def describe(configs: list[str], overrides: list[str], **environment: str) -> list[SimpleNamespace]:
     """Have the training script check and describe the configs. Exits with status 2 if it has printed an error."""
-    check = run_python([PROGRAM, "--check", "--json", *configs, *overrides], stdout=subprocess.PIPE, text=True)
-    if check.returncode == 2:
-        sys.exit(2)
-    if check.returncode:
-        raise ValueError(f"{PROGRAM} --check ended with status {check.returncode}; see the lines above")
-    return [Experiment(**values) for values in json.loads(check.stdout)]
+    command = [sys.executable, PROGRAM, "--check", "--json", *configs, *overrides]
+    check = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    if status := check.returncode:
+        raise SystemExit(2) if status == 2 else ValueError(f"{PROGRAM} --check failed ({status}); see the lines above")
+    return [SimpleNamespace(**values) for values in json.loads(check.stdout)]
 
 
-def check_runs(experiments: list[Experiment], num_runs: int) -> None:
+def check_runs(experiments: list[SimpleNamespace], num_runs: int) -> None:
     """Raise ValueError if runs would share a log or repeat each other."""
     folders = [e.log_folder for e in experiments]
     for e in experiments:
@@ -95,11 +85,8 @@ def check_runs(experiments: list[Experiment], num_runs: int) -> None:
             raise ValueError(f"{e.config}: seed: all {num_runs} runs would be equal; omit the key, or omit -n")
 
 
-def fetch_data(experiments: list[Experiment], overrides: list[str], only_check: bool) -> list[Experiment]:
-    """Run the commands that fetch missing data, each once; return the experiments as described after that.
-
-    Raises ValueError if data is still missing.
-    """
+def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_check: bool) -> list[SimpleNamespace]:
+    """Run the commands that fetch missing data, each once; describe the configs anew. Raises ValueError on failure."""
     tried: list[list[str]] = []
     while missing := [e for e in experiments if e.fetch]:
         e, command = missing[0], shlex.join(["python", *missing[0].fetch])
@@ -107,7 +94,7 @@ def fetch_data(experiments: list[Experiment], overrides: list[str], only_check: 
             raise ValueError(f"{e.config}: data is missing; fetch it with: {command}")
         tried.append(e.fetch)
         say(f"run.sh: {command}")
-        if run_python(e.fetch).returncode:
+        if subprocess.call([sys.executable, *e.fetch], preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
             raise ValueError(f"{command} failed; see the lines above")
         experiments = describe([e.config for e in experiments], overrides)
     return experiments
@@ -117,25 +104,24 @@ class Queue:
     """Train runs one after the other. The first signal stops the queue and its run; a later Ctrl-C kills the run."""
 
     def __init__(self, notify: list[str]):
-        """Become the only queue of this machine and checkout. Raises ValueError if there is one.
-
-        A killed queue leaves the lock to its run's torchrun, which has inherited it and is stopping; wait for that.
-        """
-        self.notify_words, path = notify, status.queue_path()
-        self.state: dict[str, Any] = {}
-        self.signals: list[int] = []
+        """Become the only queue of this machine and checkout. Raises ValueError if there is one."""
+        self.notify_words, self.state, self.signals, self.stopped = notify, {}, [], ""
+        path = status.FOLDER / f".queue.{os.uname().nodename}.json"
         self.outcomes: dict[Path, str] = {}  # log -> why its run failed or diverged, "" if it finished
         with error_context("cannot keep the queue's state; make its file writable"):
             self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         for attempt in itertools.takewhile(lambda _: status.is_locked(self.file, fcntl.LOCK_EX), itertools.count()):
             state = status.read_state(path)
-            if "pid" in state and status.is_alive(state["pid"]):
-                raise ValueError(f"process {state['pid']} is already running a queue on this machine; wait until it "
-                                 f"ends (./run.sh status), or stop it: kill {state['pid']}")
-            if attempt == 10:
+            pid, then, now = state.get("pid"), state.get("identity", []), status.identify(state.get("pid", 0))
+            is_here = len(then) == 3 and then[:2] == now[:2]  # else, `pid` is another process in this container
+            if pid and (then == now or not is_here):
+                where, fix = ("", f": kill {pid}") if is_here else (" of another container or boot", " there")
+                raise ValueError(f"process {pid}{where} is already running a queue, since {state.get('started')}; wait "
+                                 f"until it ends (./run.sh status), or stop it{fix}")
+            if attempt == 10:  # a killed queue leaves the lock to its run's torchrun, which is stopping
                 say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
             time.sleep(0.1)
-        self.write_state(pid=os.getpid())
+        self.write_state(pid=os.getpid(), identity=status.identify(os.getpid()), started=run_log.here_and_now())
 
     def write_state(self, **changes: Any) -> None:
         """Change the state that `./run.sh status` reads. A full disk does not stop the queue."""
@@ -145,7 +131,7 @@ class Queue:
             os.pwrite(self.file, text, 0)
             os.ftruncate(self.file, len(text))
 
-    def train(self, experiments: list[Experiment], run_ids: range, overrides: list[str]) -> None:
+    def train(self, experiments: list[SimpleNamespace], run_ids: range, overrides: list[str]) -> None:
         """Train all runs, until a signal stops the queue. Skip the finished ones; their times project the end."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -158,8 +144,8 @@ class Queue:
                 continue
             self.outcomes[log] = run_log.failure_reason(log)
             run_log.remove_leftover(log)
-            lines = log_format.parse_step_lines(run_log.last_line(log, "step:"))
-            seconds += [line.train_time_ms / 1000 for line in lines]
+            last = run_log.last_line(log, "step:")
+            seconds += [line.train_time_ms / 1000 for line in log_format.parse_step_lines(last)]
         if not runs:
             say(f"run.sh: {run_log.plural(len(self.outcomes), 'run')} already finished; for more raise -n")
         for number, (e, log, program) in enumerate(runs, 1):
@@ -177,69 +163,70 @@ class Queue:
                 why = f"failed: {why}"
             self.outcomes[log] = why
             self.write_state(problems={os.path.abspath(log): why for log, why in self.outcomes.items() if why})
-            self.notify(f"{name}: {log}: {why or 'finished, ' + run_log.last_line(log, 'step:')}")
+            if self.signals and why:
+                self.stopped = f" in {log}, {why.partition(', ')[2].partition(';')[0] or 'at once'}"
+            else:
+                self.notify(f"{name}: {log}: {why or 'finished, ' + run_log.last_line(log, 'step:')}", bool(why))
 
-    def train_run(self, e: Experiment, log: Path, overrides: list[str]) -> str:
+    def train_run(self, e: SimpleNamespace, log: Path, overrides: list[str]) -> str:
         """Train one run. Returns why it failed or diverged, "" if it did neither."""
         old_end, ranks = run_log.last_line(log, "ended: "), e.num_ranks
         threads = {"OMP_NUM_THREADS": str(e.devices // ranks)} if e.device_kind == "CPU cores" else {}
         environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | threads | os.environ  # seconds for a checkpoint
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", PROGRAM,
-                   e.config, *overrides, f"--run_id={int(log.stem)}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--max-restarts=0",
+                   "--local-addr=127.0.0.1", f"--nproc_per_node={ranks}", PROGRAM, e.config, *overrides,
+                   f"--run_id={int(log.stem)}"]
         # nohup ignores SIGHUP, with which `watch` stops the run.
         prepare = (lambda: (signal.signal(signal.SIGHUP, signal.SIG_DFL), run_log.end_with_parent(signal.SIGTERM)))
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0,
                               start_new_session=True, preexec_fn=prepare, pass_fds=[self.file]) as run:
-            complaint = self.watch(run)
-        if run_log.is_finished(log) or run_log.last_line(log, "ended: ") != old_end:
+            complaint, status = self.watch(run)
+        if run_log.is_finished(log) or run_log.last_line(log, "ended: ") not in ("", old_end):
             return run_log.failure_reason(log)
-        signals = {-number: f"signal {number.name}" for number in signal.Signals}
-        return complaint.removeprefix(f"{log}: ") or signals.get(run.returncode, f"exit status {run.returncode}")
+        ends = {0: "its log was removed"} | {-number: f"killed by {number.name}" for number in signal.Signals}
+        return complaint.removeprefix(f"{log}: ") or ends.get(status, f"exit status {status}")
 
-    def watch(self, run: subprocess.Popen) -> str:
-        """Print a run's standard error and pass on signals until it ends, even if a descendant keeps the pipe open.
-
-        Returns the training program's last complaint, or else what killed a rank.
-        """
-        os.set_blocking(run.stderr.fileno(), False)
-        complaint, killed, text, is_stopping, has_ended = "", "", b"", False, False
+    def watch(self, run: subprocess.Popen) -> tuple[str, int]:
+        """Pass on signals and standard error, but not torchrun's report, until a run ends; return faults and status."""
+        os.set_blocking(run.stderr.fileno(), False)  # a descendant can keep it open
+        complaints, status, text, is_stopping, has_ended = [], 0, b"", False, False
         while not has_ended:
             time.sleep(0.05)
             has_ended = run.poll() is not None
             if self.signals and not is_stopping:
+                is_stopping, number = True, signal.Signals(self.signals[0])
+                say(f"run.sh: {number.name}: stopping after this step or validation; Ctrl-C stops it now", "stderr")
                 # Not SIGTERM: torchrun sends its ranks that when the queue is killed next, and the second signal of one
                 # kind ends a rank without a checkpoint.
-                run.send_signal(signal.SIGHUP)
-                is_stopping = True
+                run.send_signal(signal.SIGHUP if number == signal.SIGTERM else number)
             if signal.SIGINT in self.signals[1:]:
                 run.kill()
             *lines, text = (text + (run.stderr.read(2**16) or b"")).split(b"\n")  # as much as a pipe holds
             for line in (line.decode(errors="backslashreplace") for line in lines + [text] * bool(has_ended and text)):
                 if line.startswith(f"{PROGRAM}: "):
-                    complaint = line.removeprefix(f"{PROGRAM}: ")
-                elif found := re.search(r"Signal \d+ \(SIG\w+\)", line):  # torchrun's words
-                    killed = killed or f"a rank was killed by {found[0]}"
-                if line.startswith(f"{PROGRAM}: ") or not self.signals:  # a stopped torchrun has a traceback
+                    complaints.append(line.removeprefix(f"{PROGRAM}: "))
+                elif found := re.match(r"E\d{4} .*/torch/distributed/.* failed \(exitcode: (-?\d+)\)", line):
+                    status = int(found[1])  # the lines that follow are torchrun's traceback
+                elif not (self.signals or status or re.match(r"[IW]\d{4} .*/torch/distributed/", line)):
                     say(line, "stderr")
-        return complaint or killed
+        return "; ".join(dict.fromkeys(complaints)), status or run.returncode
 
-    def notify(self, line: str) -> None:
+    def notify(self, line: str, is_fault: bool = False) -> None:
         """Print a line, and run the user's command with it. That command's output and exit status are ignored."""
-        say(f"run.sh: {line}")
+        say(f"run.sh: {line}", "stderr" if is_fault else "stdout")
         if self.notify_words:
             with suppress(OSError, subprocess.TimeoutExpired):
                 subprocess.run([*self.notify_words, line], timeout=30, stdin=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def summarize(self) -> int:
-        """Report how the runs ended, with a line for each that did not finish. Returns the exit status."""
-        reasons = {log: why for log, why in self.outcomes.items() if why}
-        for log, why in reasons.items():
-            say(f"run.sh: {log}: {why}", "stderr")
-        diverged, failed = (sum(why.startswith(how) for why in reasons.values()) for how in ("diverged", "failed"))
+        """Report how many runs ended how. Returns the exit status."""
+        reasons = [why for why in self.outcomes.values() if why]
+        diverged, failed = (sum(why.startswith(how) for why in reasons) for how in ("diverged", "failed"))
         summary = f"{len(self.outcomes) - len(reasons)} finished, {diverged} diverged, {failed} failed"
+        summary += " (./run.sh status says why)" * (diverged + failed > 0)
         if self.signals:
-            summary += f", stopped by {signal.Signals(self.signals[0]).name}"
+            summary += f", stopped by {signal.Signals(self.signals[0]).name}{self.stopped}"
         if self.signals or failed:
             summary += "; rerun the command to resume or start the remaining runs"
         self.write_state(ended=f"ended {time.strftime('%a %d %b %H:%M')}: {summary}")
@@ -256,7 +243,8 @@ def main(arguments: list[str]) -> int:
         os.chdir(ROOT)
         queue = None if options.check else Queue(options.notify)
         if not configs:
-            configs, is_cpu = [DEFAULT_CONFIG], describe([DEFAULT_CONFIG], overrides)[0].device_kind == "CPU cores"
+            configs = [DEFAULT_CONFIG]
+            is_cpu = describe(configs, overrides, ANY_SIZE_ON_CPU="1")[0].device_kind == "CPU cores"
             overrides = ["--scale=tiny"] * is_cpu + overrides
             say(f"run.sh: no config given; using {DEFAULT_CONFIG}{' --scale tiny, as there is no GPU' * is_cpu}")
         experiments = describe(configs, overrides)
@@ -265,7 +253,6 @@ def main(arguments: list[str]) -> int:
             say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n"
                 f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}")
         experiments = fetch_data(experiments, overrides, only_check=options.check)
-        check_runs(experiments, options.n)
         if queue is None:
             say(f"run.sh: {run_log.plural(len(experiments), 'config')} checked, with the data")
             return 0

@@ -6,7 +6,6 @@ A queue holds a lock on logs/.queue.<host>.json while it runs. The file has one 
 import fcntl
 import json
 import os
-import socket
 import sys
 import textwrap
 import time
@@ -22,10 +21,6 @@ from logs.run_log import failure_reason, is_finished, is_locked, say
 FOLDER = Path(__file__).resolve().parent
 
 
-def queue_path() -> Path:
-    return FOLDER / f".queue.{socket.gethostname()}.json"
-
-
 def read_state(path: Path) -> dict:
     """Return the state in a queue's file; {} before the queue has written it."""
     with suppress(OSError, ValueError):
@@ -33,12 +28,14 @@ def read_state(path: Path) -> dict:
     return {}
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # another user's process
-    return True
+def identify(pid: int) -> list[str]:
+    """Return a process's boot, pid namespace and start in clock ticks, no start if it has ended; [] without /proc."""
+    identity = []
+    with suppress(OSError):
+        identity = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        identity += [numbers[18]] * (state != "Z")  # a zombie has ended
+    return identity
 
 
 def describe_progress(log: Path, runs_after: int, mean_s: float | None) -> list[str]:
@@ -52,7 +49,7 @@ def describe_progress(log: Path, runs_after: int, mean_s: float | None) -> list[
     queue_end = run_end + timedelta(seconds=runs_after * (mean_s or total * step_avg_ms / 1000))
     validations = [f"val_loss {line.val_loss:.6f} at step {line.step}" for line in lines if line.val_loss is not None]
     return [f"step {step}/{total}, {step_avg_ms:.1f} ms a step", *validations[-1:],
-            f"last line {time.time() - log.stat().st_mtime:.0f} s ago",
+            f"last line {max(0, time.time() - log.stat().st_mtime):.0f} s ago",
             f"run ends about {run_end:%a %H:%M}, queue {queue_end:%a %d %b %H:%M}"]
 
 
@@ -72,16 +69,18 @@ def describe_queue(path: Path, folder: Path) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Print what each queue does and why runs failed or diverged. Return the exit status."""
-    folder = Path(*arguments[:1] or [FOLDER])
+    folder, name = Path(*arguments[:1] or [FOLDER]), "[0-9][0-9][0-9].txt"
     if len(arguments) > 1 or not folder.is_dir():
         print(f"run.sh: {' '.join(arguments)}: no such folder; use: ./run.sh status [FOLDER of logs]", file=sys.stderr)
         return 2
     queues = sorted(FOLDER.glob(".queue.*.json"))
     lines = [line for path in queues for line in describe_queue(path, folder)] or ["no queue has run here"]
-    reasons = {log: why for path in queues for log, why in read_state(path).get("problems", {}).items()
-               if not is_finished(Path(log))}  # of killed runs: their logs do not say why they ended
-    reasons |= {str(log): why for log in folder.resolve().rglob("[0-9][0-9][0-9].txt") if (why := failure_reason(log))}
-    lines += [f"{os.path.relpath(Path(log).with_suffix(''), folder)}: {why}" for log, why in sorted(reasons.items())]
+    problems = [problem for path in queues for problem in read_state(path).get("problems", {}).items()]
+    # Of killed runs: their logs do not say why they ended. The keys join the paths of one log through several links.
+    reasons = {os.path.realpath(log): (log, why) for log, why in problems if not is_finished(Path(log))}
+    logs = [*folder.rglob(name), *(log for depth in (3, 2, 1) for log in folder.glob("*/" * depth + name))]  # via links
+    reasons |= {os.path.realpath(log): (str(log), why) for log in logs if (why := failure_reason(log))}
+    lines += [f"{os.path.relpath(log.removesuffix('.txt'), folder)}: {why}" for log, why in sorted(reasons.values())]
     say("\n".join(textwrap.fill(line, 60, subsequent_indent="  ") for line in lines))
     return 0
 

@@ -18,8 +18,14 @@ ENDS = {
     "diverge": f"diverged at step 2: the validation loss is nan\n{ENDED}diverged",
     "finish": "step:4/4 val_loss:2.919300 train_time:8000ms step_avg:2000.00ms\npeak memory resident: 9 MiB\n"
               f"{ENDED}finished",
-    "wait": f"{ENDED}stopped, with a checkpoint",
+    "wait": f"{ENDED}stopped, with a checkpoint; resume it",
 }
+LINE = "{}1129 16:16:09.346000 7 /lib/torch/distributed/elastic/multiprocessing/api.py:1002] "
+REPORT = f"""{LINE.format("W")}Sending process 7 closing signal SIGTERM
+{LINE.format("E")}failed (exitcode: {{}}) local_rank: 0 (pid: 7) of binary: python
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+  traceback : Signal 15 (SIGTERM) received by PID 7"""
 
 
 def resolve(config, options):
@@ -36,7 +42,8 @@ def check(words):
     options, experiments = [word for word in words if word.startswith("--")], []
     for config in (word for word in words if not word.startswith("--")):
         configuration, how, fetch = resolve(config, options)
-        if fetch == [] or how == "mistake":
+        is_large = configuration.get("is_large") and "--scale=tiny" not in options and "KIND" not in os.environ
+        if fetch == [] or how == "mistake" or is_large and "ANY_SIZE_ON_CPU" not in os.environ:
             print(f"train_gpt_medium.py: {config}: {'no shards' if fetch == [] else 'a mistake'}", file=sys.stderr)
             sys.exit(2)
         experiments.append(dict(
@@ -46,16 +53,16 @@ def check(words):
     print(json.dumps(experiments))
 
 
-def train(config, *options):
+def train(launcher, config, *options):
     """Do what a run's launcher and ranks do, up to their end."""
     values, how, _ = resolve(config, options)
     log = Path("logs", Path(config).stem, f"{int(values['run_id']):03d}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
-    note = dict(os.environ, log=f"{log.parent.name}/{log.name}", pid=os.getpid(), options=options)
+    note = dict(os.environ, log=f"{log.parent.name}/{log.name}", pid=os.getpid(), options=options, launcher=launcher)
     write("started", json.dumps(note))
     if how == "refuse":
-        print(f"a warning\ntrain_gpt_medium.py: {log}: its checkpoint is damaged\n"
-              "Signal 15 (SIGTERM) received by PID 7", file=sys.stderr)
+        complaint = f"train_gpt_medium.py: {log}: its checkpoint is damaged\n"
+        print(f"a warning\n{2 * complaint}{REPORT.format(1)}", file=sys.stderr)
         sys.exit(1)
     write(log, f"code\n{RULE}\nseed = 0\n{RULE}\nRunning Python \n{RULE}\n"
                "step:1/4 train_time:2000ms step_avg:2000.00ms")
@@ -66,13 +73,16 @@ def train(config, *options):
         os.close(1)
         time.sleep(60)
     elif how == "orphan":
-        print("traceback : Signal 9 (SIGKILL) received by PID 7", file=sys.stderr)
+        print(REPORT.format(-9), file=sys.stderr)
     elif how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     else:
         print("the last line of a run")
     if how in ENDS:
         write(log, ENDS[how])
+    if how == "remove":
+        log.unlink()
+        sys.exit()
     sys.exit(how != "finish")
 
 
@@ -95,8 +105,9 @@ def write(path, text):
 if __name__ == "__main__":
     if sys.argv[1] == "--help":
         print("the keys")
-    elif sys.argv[1] == "--standalone":  # of torchrun, then --nproc_per_node=2 PROGRAM CONFIG ...
-        train(*sys.argv[4:])
+    elif sys.argv[1] == "--standalone":  # torchrun's options PROGRAM CONFIG ...
+        program = sys.argv.index("train_gpt_medium.py")
+        train(sys.argv[1:program], *sys.argv[program + 1:])
     else:
         assert sys.argv[1:3] == ["--check", "--json"]
         check(sys.argv[3:])

@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = ROOT / "tests" / "fake_training.py"
+SAVED = "with a checkpoint"
 RERUN = "; rerun the command to resume or start the remaining runs"
-STOPPED = "stopped, with a checkpoint"
+STATUS = " (./run.sh status says why)"
 MAKE_SHARD = ["-c", "open('shard', 'x')"]
 
 
@@ -92,19 +93,21 @@ def test_run_0_of_all_configs_comes_before_run_1_of_any_and_the_end_is_projected
     ("diverge", "diverged at step 2: the validation loss is nan"),
     ("fail", "failed: No space left on device"),
     ("refuse", "failed: its checkpoint is damaged"),
-    ("kill", "failed: signal SIGKILL"),
-    ("orphan", "failed: a rank was killed by Signal 9 (SIGKILL)"),  # and a process that it started lives on
+    ("kill", "failed: killed by SIGKILL"),
+    ("orphan", "failed: killed by SIGKILL"),  # a rank, and a process that it started lives on
+    ("remove", "failed: its log was removed"),
 ])
 def test_a_failed_run_does_not_stop_the_others_and_only_it_is_rerun(folder, how, why):
-    """The last line has its reason. The runs' output passes through."""
+    """One line has its reason, without torchrun's report. The runs' output passes through."""
     failed, began = why.startswith("failed"), time.time()
     first, second = (run(folder, one=dict(how=how), two={}) for _ in range(2))
     assert started(folder) == ["one/000.txt", "two/000.txt", *(["one/000.txt"] if failed else [])]
-    for result in (first, second):
-        assert f"{1 + (not why)} finished, {how == 'diverge':d} diverged, {failed:d} failed" in result.out
-        assert result.status == failed and (RERUN in result.out) == failed
-        assert result.err.splitlines()[-1:] == ([f"run.sh: logs/one/000.txt: {why}"] if why else [])
-    assert "the last line of a run" in first.out and ("a warning\n" in first.err) == (how == "refuse")
+    for result, runs in ((first, 2), (second, failed)):
+        counts = f"{1 + (not why)} finished, {how == 'diverge':d} diverged, {failed:d} failed"
+        assert f"run.sh: {counts}{STATUS * bool(why)}{RERUN * failed}\n" in result.out and result.status == failed
+        assert result.err.splitlines() == ["a warning"] * (how == "refuse") + [
+            f"run.sh: run 1 of {runs:d}: logs/one/000.txt: {why}"] * bool(why and runs)
+    assert "the last line of a run" in first.out
     assert failed == ("2 runs already finished; for more raise -n" not in second.out)
     assert time.time() - began < 45  # the process that lives on would take 60
 
@@ -121,7 +124,7 @@ def test_a_run_whose_config_or_code_was_edited_after_the_queue_started_is_not_st
     result = run(folder, "-n", 2, "--notify", f"sh '{script}'", one={})
     assert result.status == is_refused and started(folder) == ["one/000.txt", "one/001.txt"][:2 - is_refused]
     why = "failed: its config or the program was edited after the queue started; start the queue again"
-    assert (f"run.sh: logs/one/001.txt: {why}" in result.err) == is_refused
+    assert result.err == f"run.sh: run 2 of 2: logs/one/001.txt: {why}\n" * is_refused
 
 
 def test_the_reason_is_not_that_of_an_earlier_attempt(folder):
@@ -137,6 +140,8 @@ def test_ranks_share_the_cores_and_have_time_for_a_checkpoint(folder, monkeypatc
     for name, value in zip(names, given):
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     assert f"2 of 8 {kind}" in run(folder, one={}).out and [started(folder, name)[0] for name in names] == expected
+    assert started(folder, "launcher") == [["--standalone", "--nnodes=1", "--max-restarts=0", "--local-addr=127.0.0.1",
+                                            "--nproc_per_node=2"]]
 
 
 @pytest.mark.parametrize("arguments, logs", [
@@ -156,8 +161,8 @@ def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(folder, a
     ("CPU cores", ["--scale", "small"], ["--scale=tiny", "--scale=small"]),  # of two options the second wins
 ])
 def test_without_a_config_it_is_the_baseline_and_on_a_cpu_at_scale_tiny(folder, monkeypatch, kind, words, options):
-    monkeypatch.setenv("KIND", kind)
-    write_configs(folder / "configs", baseline={})
+    monkeypatch.setenv("KIND", kind) if kind == "GPUs" else None
+    write_configs(folder / "configs", baseline=dict(is_large=True))
     result = run(folder, *words)
     assert started(folder, "options")[0] == [*options, "--run_id=0"] and started(folder) == ["baseline/000.txt"]
     assert "run.sh: no config given; using configs/baseline.toml" in result.out.splitlines()[0]
@@ -188,7 +193,7 @@ def test_check_starts_and_fetches_nothing_and_help_is_the_programs(folder, monke
     (["numbered.toml"], "numbered.toml: run_id: the queue numbers the runs"),
     (["--notify", "no-such-command x"], "no-such-command: no such option or command; quote COMMAND"),
     (["--notify", "sh", "-s", "done"], "-s: no such option or command; quote COMMAND"),
-    (["--notify", "'"], "--notify: No closing quotation"),
+    (["--notify", "'"], "--notify: No closing quotation"), (["--json"], "--json: no such option or command"),
     (["wrong.toml"], "train_gpt_medium.py: wrong.toml: a mistake"),
 ])
 def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment):
@@ -202,7 +207,7 @@ def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment)
     (MAKE_SHARD[1], {}, "", "shard"),
     ("open('tried', 'a').write('x')", {}, ".*one.toml: data is missing; fetch it with: python -c .*", "tried x"),
     ("raise SystemExit(1)", {}, ".*failed; see the lines above", ""),
-    ("open('crash', 'x')", {}, "run.sh: train_gpt_medium.py --check ended with status 1; see the lines above", "crash"),
+    ("open('crash', 'x')", {}, "run.sh: train_gpt_medium.py --check failed \\(1\\); see the lines above", "crash"),
     (MAKE_SHARD[1], dict(two=dict(fetch=[])), ".*two.toml: no shards", ""),  # another lacks what no command gets
 ])
 def test_missing_data_is_fetched_once_unless_other_data_cannot_be(folder, command, other, last_line, made):
@@ -214,10 +219,10 @@ def test_missing_data_is_fetched_once_unless_other_data_cannot_be(folder, comman
 
 
 @pytest.mark.parametrize("ignored, sent, end", [
-    ([], [signal.SIGINT], STOPPED), ([], [signal.SIGTERM], STOPPED), ([], [signal.SIGHUP], STOPPED),
-    ([], [signal.SIGINT, signal.SIGINT], "signal SIGKILL"),
-    ([], [signal.SIGHUP, signal.SIGHUP], STOPPED),  # a terminal that is closed may send it twice
-    ([signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM], STOPPED),  # under nohup a closed terminal changes nothing
+    ([], [signal.SIGINT], SAVED), ([], [signal.SIGTERM], SAVED), ([], [signal.SIGHUP], SAVED),
+    ([], [signal.SIGINT, signal.SIGINT], "at once"),
+    ([], [signal.SIGHUP, signal.SIGHUP], SAVED),  # a terminal that is closed may send it twice
+    ([signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM], SAVED),  # under nohup a closed terminal changes nothing
 ])
 def test_a_signal_for_all_processes_reaches_the_run_once_and_a_second_ctrl_c_ends_at_once(folder, ignored, sent, end):
     (folder / "keep").touch()  # so that the run does not end by the first signal
@@ -226,21 +231,30 @@ def test_a_signal_for_all_processes_reaches_the_run_once_and_a_second_ctrl_c_end
         os.killpg(process.pid, number)
         if number not in ignored:
             wait_for(folder / "signals", process)
-    if end == STOPPED:
+    if end == SAVED:
         (folder / "keep").unlink()
-    result = finish(process)
-    assert result.status == 128 + sent[-1] and f"stopped by {sent[-1].name}{RERUN}" in result.out
-    assert f"logs/one/000.txt: {end}" in result.err and started(folder) == ["one/000.txt"]
-    assert (folder / "signals").read_text() == "SIGHUP\n" and not os.path.exists(f"/proc/{started(folder, 'pid')[0]}")
+    result, name = finish(process), sent[-1].name
+    assert result.status == 128 + sent[-1] and f"stopped by {name} in logs/one/000.txt, {end}{RERUN}\n" in result.out
+    assert result.err == f"run.sh: {name}: stopping after this step or validation; Ctrl-C stops it now\n"
+    assert (folder / "signals").read_text() == ("SIGINT\n" if name == "SIGINT" else "SIGHUP\n")
+    assert started(folder) == ["one/000.txt"] and not os.path.exists(f"/proc/{started(folder, 'pid')[0]}")
 
 
-def test_a_second_queue_is_refused_with_the_process_of_the_first(folder):
-    process = start_waiting(folder)
-    second = run(folder, "one.toml")
-    assert second.status == 2 and len(second.err.splitlines()) == 1 and second.out == ""
-    assert f"process {process.pid} is already running a queue on this machine" in second.err
-    state = json.loads(next(folder.glob("logs/.queue.*.json")).read_text())
-    assert state == dict(pid=process.pid, run=1, runs=2, log=f"{folder}/logs/one/000.txt", mean_s=0)
+def test_a_second_queue_is_refused_with_the_process_of_the_first_unless_it_cannot_be_known(folder):
+    """Process 1 of another container is not ours. Meanwhile, --check and --help work."""
+    process, (path,) = start_waiting(folder), folder.glob("logs/.queue.*.json")
+    state = json.loads(path.read_text())
+    (boot, namespace, ticks), since = state["identity"], state["started"]
+    assert state == dict(pid=process.pid, run=1, runs=2, log=f"{folder}/logs/one/000.txt", mean_s=0,
+                         identity=[boot, namespace, ticks], started=since)
+    for identity, who, fix in (([boot, namespace, ticks], "", f": kill {process.pid}"),
+                               ([boot, "pid:[1]", ticks], " of another container or boot", " there")):
+        path.write_text(json.dumps(state | dict(identity=identity)))
+        second = run(folder, "one.toml")
+        assert (second.status, second.out, second.err) == (
+            2, "", f"run.sh: process {process.pid}{who} is already running a queue, since {since}; wait until it ends "
+            f"(./run.sh status), or stop it{fix}\n")
+    assert run(folder, "one.toml", "--check").status == 0 and run(folder, "--help").out == "the keys\n"
     process.terminate()
     finish(process)
     assert len(started(folder)) == 1
@@ -288,5 +302,5 @@ def test_notify_gets_the_line_of_each_run_and_of_the_end(folder):
         "a word|run 1 of 2: logs/one/000.txt: finished, "
         "step:4/4 val_loss:2.919300 train_time:8000ms step_avg:2000.00ms",
         "a word|run 2 of 2: logs/two/000.txt: failed: No space left on device",
-        f"a word|1 finished, 0 diverged, 1 failed{RERUN}"]
+        f"a word|1 finished, 0 diverged, 1 failed{STATUS}{RERUN}"]
     assert "noise" not in result.out + result.err

@@ -46,9 +46,10 @@ def test_a_running_queue_before_and_after_its_first_step(tmp_path, queue, capsys
     queue(run=1, runs=1, mean_s=0, log=write_log(tmp_path, "one/000", "# train_gpt_medium.py\n"))
     assert lines(capsys) == ["node-1, run 1 of 1: one/000", "no step yet"]
     queue(run=2, runs=12, log=write_log(tmp_path, "add_2/001"), mean_s=86400)
+    os.utime(tmp_path / "add_2/001.txt", (2**32, 2**32))  # a file server's clock is ahead
     *first, age, ends = lines(capsys)
     assert first == ["node-1, run 2 of 12: add_2/001", "step 2/5960, 240.0 ms a step", "val_loss 9.500000 at step 2"]
-    assert re.fullmatch(r"last line \d+ s ago", age)
+    assert age == "last line 0 s ago"
     assert re.fullmatch(r"run ends about (\w{3}) (\d\d:\d\d), queue (?!\1)\w{3} \d\d \w{3} \2", ends)  # 10 days later
 
 
@@ -79,6 +80,17 @@ def test_runs_that_failed_or_diverged_have_their_reason(tmp_path, queue, capsys)
     assert lines(capsys, tmp_path / "c")[1:] == ["../e/000: failed: signal SIGKILL"]
 
 
+def test_folders_behind_symbolic_links_are_searched_and_a_run_is_named_once(tmp_path, queue, capsys):
+    """The queue knows it by another path. Two links lead in circles."""
+    write_log(tmp_path, "far/000", f"{STEPS}{ENDED}out of memory\n")
+    folder, link = tmp_path / "own", tmp_path / "link"
+    folder.mkdir()
+    for path, to in {link: folder, folder / "one": tmp_path / "far", folder / "a": folder, folder / "b": ".."}.items():
+        path.symlink_to(to)
+    queue(problems={f"{folder}/one/000.txt": "failed: signal SIGKILL"})
+    assert lines(capsys, folder)[1:] == lines(capsys, link)[1:] == ["one/000: out of memory"]
+
+
 def test_no_package_is_needed(tmp_path):
     """Start Python without its installed packages, from another folder, where no queue has run."""
     for module in ("__init__.py", "log_format.py", "run_log.py", "status.py"):
@@ -90,6 +102,15 @@ def test_no_package_is_needed(tmp_path):
     assert (result.stdout, result.stderr) == ("no queue has run here\none/000: out of memory\n", "")
 
 
-def test_processes_that_are_alive_and_a_folder_that_is_not_there(tmp_path, capsys):
-    assert status.is_alive(os.getpid()) and not status.is_alive(2**22 + 1)  # above Linux's highest number
+def test_a_process_is_known_until_it_ends(tmp_path):
+    """A process that nobody has waited for is a zombie."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        alive = status.identify(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert [*status.identify(process.pid), alive[2]] == alive != status.identify(os.getpid())
+    assert status.identify(process.pid) == alive[:2]
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert status.main([f"{tmp_path}/nowhere"]) == 2 and f"{tmp_path}/nowhere: no such fold" in capsys.readouterr().err
