@@ -34,6 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 omits it
 from configs import checks
 from configs.checks import NO_ATTENTION_LAYER, NUM_LAYERS, num_source_heads, read_entry
 from configs.config import check_log_dir, error_context, expand_path, key, load, parse_command_line, scale_path
@@ -775,7 +777,8 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
 
 
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
-    """Check the shards and the finished runs in the log folder; return a new run's identity. Raises as they do."""
+    """Check memory, shards and finished runs; return a new run's identity. Raises as they do."""
+    distributed.check_mask_memory(str(config), device_type, max(hp.train_seq_len, hp.val_seq_len))
     data = checks.check_streams(config, hp.vocab_size, hp.train_files, hp.sequences_per_step * hp.train_seq_len,
                                 hp.num_iterations, hp.val_files, hp.val_seq_len, hp.num_val_sequences)
     identity = asdict(hp) | data | {"device": device_type, "code": program_text()}

@@ -68,12 +68,11 @@ def on_all_ranks(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         result = function(*arguments)
     except (ValueError, OSError) as error:
-        error_line = one_line(error)
-    error_lines = [line for line in dict.fromkeys(gather(error_line)) if line]
-    for line in error_lines if dist.get_rank() == 0 else []:
-        say(f"train_gpt_medium.py: {line}", "stderr")
-    gather(None)  # until rank 0 has printed: torchrun ends the other ranks as soon as one has exited
-    if error_lines:
+        error_line = " ".join(str(error).split())
+    if error_lines := [line for line in dict.fromkeys(gather(error_line)) if line]:
+        for line in error_lines if dist.get_rank() == 0 else []:
+            say(f"train_gpt_medium.py: {line}", "stderr")
+        gather(None)  # until rank 0 has printed: torchrun ends the other ranks as soon as one has exited
         sys.exit(2)
     return result
 
@@ -86,13 +85,10 @@ def check_equal_on_ranks(values: dict[str, Any]) -> None:
                          "give every node the same code, data, config and options")
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message as one line of valid UTF-8: file names can contain any bytes."""
-    return " ".join(str(error).split()).encode(errors="backslashreplace").decode()
-
-
 class Diverged(Exception):
     """A loss, weight or optimizer state is NaN or infinite. Every rank raises it; the user sees its message."""
+    status = 1
+
     def __init__(self, step: int, why: str):
         super().__init__(f"diverged at step {step}: {why}")
 
@@ -101,26 +97,28 @@ class Stopped(Exception):
     """A signal has ended the run. Every rank raises it; the user sees its message."""
     def __init__(self, signal_number: int, has_checkpoint: bool):
         end = "with a checkpoint; rerun with its run_id to resume" if has_checkpoint else "without a checkpoint"
-        super().__init__(f"stopped by signal {signal_number}, {end}")
-        self.signal = signal_number
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, {end}")
+        self.status = 128 + signal_number
 
 
 class StopFlag:
-    """Tell every rank, at the same step, that some rank has received a signal; a second signal exits at once."""
+    """Tell every rank, at the same step, that some rank has received a signal; the same one again exits at once."""
 
     def __init__(self, log: RunLog):
-        self.log, self.signal = log, 0
+        self.log, self.signal, self.received_at = log, 0, 0.0
         self.flag, self.sent = torch.zeros((), dtype=torch.int32), None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.sent is None or number == self.signal:  # before the first step, or the second of its kind
+        # Before the first step, or again; sooner, it is the same event: Slurm signals every process, torchrun forwards.
+        if self.sent is None or number == self.signal and time.monotonic() > self.received_at + 3:
             with suppress(Exception):  # RuntimeError if the signal interrupted a write to the log
-                self.log.end(f"ended at once by signal {number}")
+                self.log.end(f"ended at once by {signal.Signals(number).name}")
             os._exit(128 + number)
-        self.signal = number
+        if number != self.signal:
+            self.signal, self.received_at = number, time.monotonic()
 
     def poll(self) -> int:
         """Return the signal that any rank had received by the previous call, else 0. Every rank calls it each step."""
@@ -139,18 +137,14 @@ def run_and_report(log: RunLog, function: Callable[..., None], *arguments: Any) 
         function(*arguments)
         dist.destroy_process_group()
         return 0
-    except Diverged as error:
-        why, is_on_all_ranks = str(error), True
-        with suppress(OSError):
-            log.to_file(why)
-    except Stopped as error:
-        why, status, is_on_all_ranks = str(error), 128 + error.signal, True
+    except (Diverged, Stopped) as error:
+        why, status, is_on_all_ranks = str(error), error.status, True
     except (ValueError, OSError) as error:
-        why = one_line(error)
+        why = str(error)
     except BaseException as error:  # a bug, or a GPU's error
         traceback.print_exc()
-        why = f"{type(error).__name__}: {one_line(error)}"
-    log.end(why)
+        why = f"{type(error).__name__}: {error}"
+    log.end(why := " ".join(why.split()))
     if dist.get_rank() == 0 or not is_on_all_ranks:
         say(f"train_gpt_medium.py: {log.path or f'rank {dist.get_rank()}'}: {why}", "stderr")
     if is_on_all_ranks:
@@ -170,16 +164,27 @@ def find_device() -> torch.device:
 
 
 def count_devices() -> tuple[int, str]:
-    """Count this node's "GPUs" or "CPU cores". Raises ValueError if nvidia-smi lists a GPU that PyTorch cannot use."""
+    """Count this node's "GPUs" or "CPU cores". Raises ValueError if there may be a GPU that PyTorch cannot use."""
     if torch.cuda.is_available():
         return torch.cuda.device_count(), "GPUs"  # makes none current: that would take memory on it
-    status, gpus = getstatusoutput("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null")
-    if status == 0 and gpus and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # "" and "-1" hide all
-        gpu, build = gpus.splitlines()[0].replace(", ", " with driver "), torch.version.cuda or "no version"
-        raise ValueError(f"nvidia-smi lists {gpu}, but PyTorch {torch.__version__} of {sys.executable}, built for CUDA "
-                         f"{build}, cannot use it; install a newer driver or a PyTorch built for this one "
-                         "(https://pytorch.org/get-started/locally), or set CUDA_VISIBLE_DEVICES= to train on the CPU")
-    return os.cpu_count() or 1, "CPU cores"
+    command = "timeout 10 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null"
+    status, output = (0, "") if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else getstatusoutput(command)
+    if status == 127 or not (status or output):  # there is no nvidia-smi, or it lists no GPU
+        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1, "CPU cores"
+    said, build = output.partition("\n")[0].replace(", ", " with driver "), torch.version.cuda or "no version"
+    mismatch = (f"lists {said}, but PyTorch {torch.__version__} of {sys.executable}, built for CUDA {build}, cannot use"
+                " it; install a newer driver or a PyTorch built for this one (https://pytorch.org/get-started/locally)")
+    failure = f"fails with status {status}: {said}; repair the driver (after its update: reboot)"
+    fault = {0: mismatch, 124: "does not answer within 10 s; reboot"}.get(status, failure)
+    raise ValueError(f"nvidia-smi {fault}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+
+
+def check_mask_memory(config: str, device_type: str, seq_len: int) -> None:
+    """Raise ValueError if a CPU's dense masks of `seq_len` tokens would take more than 16 GiB."""
+    gib = 2 * 4 * seq_len**2 / 2**30  # two, in fp32
+    if device_type == "cpu" and gib > 16 and not os.environ.get("ANY_SIZE_ON_CPU"):
+        raise ValueError(f"{config}: on a CPU, attention masks of {seq_len:,} tokens would take {gib:,.0f} GiB; "
+                         "add --scale tiny, train on a GPU, or set ANY_SIZE_ON_CPU=1 to try it")
 
 
 def describe_device(device: torch.device) -> str:
@@ -191,9 +196,9 @@ def describe_device(device: torch.device) -> str:
 
 def describe_environment() -> str:
     """Return the versions of Python, PyTorch and CUDA and, with CUDA, the output of nvidia-smi."""
-    build = f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {platform.platform()}"
-    gpus = [getoutput("nvidia-smi")] if torch.cuda.is_available() else []
-    return "\n".join([f"Running Python {sys.version}", build, *gpus])
+    build = f"PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {platform.platform()}"
+    gpus = f"\n{getoutput('timeout 10 nvidia-smi')}" if torch.cuda.is_available() else ""
+    return f"Running Python {sys.version}\nRunning {build}{gpus}"
 
 
 def peak_memory(device: torch.device) -> str:
@@ -201,5 +206,5 @@ def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
         return f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-    return f"peak memory resident: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20} MiB"
+    units_per_mib = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+    return f"peak memory resident: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // units_per_mib} MiB"

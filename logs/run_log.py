@@ -42,8 +42,9 @@ def end_with_parent(signal_number: int) -> None:
 def say(text: str, stream: str = "stdout") -> None:
     """Print a line on standard output or "stderr". The program continues if that is closed."""
     file = getattr(sys, stream)
-    try:
-        print(text.encode(errors="backslashreplace").decode(), file=file, flush=True)  # a file name can hold any bytes
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:  # a file name can hold any bytes
+        print(text.encode(encoding, errors="backslashreplace").decode(encoding), file=file, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
@@ -184,8 +185,10 @@ class RunLog:
             self.bar.set_postfix_str(f"val_loss {val_loss:.4f}")
 
     def end(self, why: str) -> None:
-        """Write the last line, with date and host, and ignore a failure to write it."""
+        """Write the last line, with date and host, after the line of a divergence. Ignore a failure to write them."""
         with suppress(OSError):
+            if why.startswith("diverged at step "):
+                self.to_file(why)
             self.to_file(f"ended: {here_and_now()}: {why}")
             if self.bar:
                 self.bar.close()

@@ -49,6 +49,7 @@ KEYS = [
     (dict(value_embeddings=[[3, 3]]), "entry 0: layer 3 is listed twice; remove one"),
     (dict(model_dim=256), "model_dim: 256 is not 128 * num_heads; use 128 with num_heads 1"),
     (dict(val_tokens=1000), "val_tokens: 1000 is not divisible by val_seq_len 256; use 1024"),
+    (dict(train_seq_len=2**16), "small.toml: on a CPU, attention masks of 65,536 tokens would take 32 GiB; add"),
     (dict(scale="tinny"), "small.toml: scale: "),
     (dict(init_from="nowhere.pt"), "small.toml: init_from: nowhere.pt: no such file"),
     (dict(train_files="nowhere/*.bin"), "small.toml: train_files: no file matches nowhere/*.bin"),
@@ -69,6 +70,7 @@ WORDS = [
     (["--value_embeddings", "[[0,"], '--value_embeddings: expected a list, found "[[0,"; close its brackets and quote'),
     (["--value_embeddings", "[[0,", "13]]"], "unexpected argument 13]]"),
     (["--num_iteration", "5"], "--num_iteration: unknown key; did you mean --num_iterations?"),
+    (["--learning_rate", "1"], "--learning_rate: unknown key; use one of description, scale, value_embeddings, "),
     (["--num_iterations"], "expected one argument"), (["--value_embedding_lr", 400 * "9"], "is too large; use at most"),
     (["--value_embeddings", 3000 * "["], "--value_embeddings: expected a list"),
     (["--step_timeout", 20 * "9"], "is too large; use at most 1000000000"),
@@ -154,6 +156,7 @@ def test_weights_of_another_map_are_refused_with_what_differs(check, small_confi
 
 
 def fineweb_elsewhere(folder, monkeypatch):
+    monkeypatch.setenv("ANY_SIZE_ON_CPU", "1")
     monkeypatch.setattr("data.cached_fineweb10B.FINEWEB_FOLDER", folder)
     monkeypatch.setattr("data.loader.FINEWEB_FOLDER", folder)
     return ["--train_files", f"{folder}/fineweb_train_*.bin", "--val_files", f"{folder}/fineweb_val_*.bin"]
