@@ -21,7 +21,7 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ class Hyperparameters:
     target_loss: float = key(2.92, "validation loss to which compare takes the time", min=0, max=1000, scale=True)
     val_loss_every: int = key(125, "steps between validations; 0: only at the end", min=0, scale=True)
     warmup_steps: int = key(10, "untimed steps that compile every kernel and are then undone", min=0, scale=True)
-    coordinate_descent_tuning: bool = key(True, "let the compiler search longer for faster kernels (CUDA only)")
+    coordinate_descent_tuning: bool = key(False, "let the compiler search longer for faster kernels (CUDA only)")
     seed: int | None = key(None, "seed of the initial weights; default: run_id", min=0, max=2**63 - 1)
     run_id: int | None = key(None, "number of the run; default: the first free one", min=0, max=999)
     init_from: str = key("", "checkpoint that holds the initial weights", check=os.path.expanduser)
@@ -449,12 +449,16 @@ class GPT(nn.Module):
             losses.append(F.cross_entropy(logits, target_chunk, reduction="sum"))
         return sum(losses) / len(x)
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, seq_len: int) -> None:
         """Compile the masks, the loss and each kind of block once (regional compilation): parameters are inputs."""
         torch._dynamo.config.recompile_limit = 64  # kinds of blocks, for training and for validation
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         Share.sum_gradients = torch.compile(sum_tensors, dynamic=False)
+        num_readers = 1 + NUM_LAYERS + sum(isinstance(source, EmbeddingMap) for source in self.value_embeds)
+        with torch.no_grad():  # compiled by this call: the backward's thread would not know the compiler's options
+            Share.sum_gradients(*(self.embed.weight.new_empty(seq_len, self.embed.embedding_dim)
+                                  for _ in range(num_readers)))
         self.attention_masks = torch.compile(attention_masks, dynamic=False, fullgraph=True)
         self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
@@ -607,7 +611,8 @@ class Trainer:
     def __init__(self, hp: Hyperparameters, device: torch.device):
         self.hp, self.device = hp, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.timeout_s = max(distributed.START_TIMEOUT_S, hp.step_timeout)
+        # Tuning goes through one kernel after the other; all of the published script's took half an hour.
+        self.timeout_s = max(hp.step_timeout, distributed.START_TIMEOUT_S * (3 if hp.coordinate_descent_tuning else 1))
         with device:
             self.model = GPT(hp)
         if device.type == "cuda":
@@ -624,7 +629,7 @@ class Trainer:
                         for blocks in range(MAX_WINDOW // BLOCK_SIZE + 1)]
         if device.type == "cuda":
             torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
-            self.model.compile_parts()
+            self.model.compile_parts(hp.train_seq_len)
             self.optimizers[1].update = torch.compile(muon_update, dynamic=False, fullgraph=True)
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> list[dist.Work]:
@@ -728,6 +733,13 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
             started_at = distributed.synchronize(device)
 
 
+def report_compiled(log: run_log.RunLog, trainer: Trainer, started_at: float, compiled: Any) -> None:
+    """Reset the watchdog when a part is compiled, and log it if tuning its kernels can take minutes from here."""
+    distributed.reset_watchdog(trainer.timeout_s)
+    if trainer.hp.coordinate_descent_tuning:
+        log.line(f"warm-up: tuning part {compiled.compile_id} after {time.monotonic() - started_at:.0f} s")
+
+
 def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, Any], drawing: str,
                  log: run_log.RunLog, state: dict[str, Any] | None) -> None:
     """Train on every rank, from the warm-up, or from a checkpoint's `state`. Raises what `train` raises."""
@@ -735,6 +747,7 @@ def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, 
     step, time_ms = checkpoint.begin_log(log, identity, state, drawing, device)
     log.line(f"log: {log.path}\nwarm-up: {run_log.plural(hp.warmup_steps, 'step')}, not timed, then undone")
     trainer = Trainer(hp, device)
+    torch._dynamo.on_compile_end(partial(report_compiled, log, trainer, time.monotonic()))
     step_s, validation_s = trainer.warm_up()
     if step_s:
         every = hp.val_loss_every or hp.num_iterations

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from logs.run_log import RunLog, end_with_parent, plural, say
 
-START_TIMEOUT_S = 1200  # watchdog limit until the first step is done, because kernels compile
+START_TIMEOUT_S = 1200  # watchdog limit for each part of the start, because kernels compile
 
 
 def start_process_group() -> None:

@@ -167,7 +167,7 @@ def make_trainers(hp):
     for trainer in trainers.values():
         candidates.fill_zeros(trainer.model)
         if ON_GPU:
-            trainer.model.compile_parts()
+            trainer.model.compile_parts(hp.train_seq_len)
     return trainers
 
 

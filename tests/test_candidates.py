@@ -79,7 +79,7 @@ def losses_and_gradients(names, is_compiled=False):
     candidates.apply(model, names)
     if is_compiled:
         torch._dynamo.reset()
-        model.compile_parts()
+        model.compile_parts(128)
     tokens = random_tokens(129, 50)
     sequence = tokens[:-1], tokens[1:].long(), torch.tensor(2, dtype=torch.int32)
     with torch.no_grad():

@@ -90,7 +90,7 @@ def losses_on_gpu_and_cpu(config, *options):
 
 
 def test_shrunken_model_follows_the_cpu(tmp_path):
-    """20 steps: compiled with coordinate descent as by default, bf16, NCCL, FlexAttention against fp32, gloo, dense."""
+    """20 steps: compiled, bf16, NCCL, FlexAttention against fp32, gloo, dense."""
     config = write_golden_case("baseline_short", tmp_path)
     gpu, cpu = losses_on_gpu_and_cpu(config, "--num_iterations=20", "--val_loss_every=5")
     assert list(gpu) == [0, 5, 10, 15, 20]
@@ -130,7 +130,7 @@ def val_losses_of_50_steps(config, names):
     """Return the validation losses at steps 0, 25 and 50."""
     trainer = start_trainer(config, "cuda:0")
     candidates.apply(trainer.model, names)
-    trainer.model.compile_parts()
+    trainer.model.compile_parts(trainer.hp.train_seq_len)
     hp, losses = trainer.hp, [trainer.validate(0)]
     batches = train_batches(trainer.train_shards, hp.sequences_per_step, hp.train_seq_len, 0, 50, 0, 1, trainer.device)
     for step, batch in enumerate(batches, start=1):

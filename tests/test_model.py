@@ -282,7 +282,7 @@ def test_compiled_forward_with_flex_attention_equals_the_dense_one(monkeypatch):
         return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
     monkeypatch.setattr(train.Rotary, "forward", rotate)
-    model.compile_parts()
+    model.compile_parts(512)
     with torch.no_grad():
         flex = [model(*batch, windows[0]).item()]
         with torch._dynamo.config.patch(error_on_recompile=True):

@@ -77,6 +77,36 @@ def test_the_warm_up_runs_training_and_validation(small_config, process_group):
     assert seen == [(128, True)] * 2 + [(256, False)] * 2
 
 
+def test_the_backward_compiles_nothing(small_config, process_group, monkeypatch):
+    """On CUDA it runs in a thread of its own, which does not know the compiler's options."""
+    maps = [[0], {"layers": [1, 3], "source": "embedding"}]
+    trainer = start_trainer(small_config(value_embeddings=maps, sequences_per_step=1))
+    batch, compiled, compile_with = next(batches_of(trainer)), [], torch.compile
+    monkeypatch.setattr(train.Share, "sum_gradients", None)
+    monkeypatch.setattr(torch._dynamo.callback_handler, "end_callbacks", [compiled.append])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **options: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (
+        compile_with(function, backend="eager") if function is train.sum_tensors else function))
+    trainer.model.compile_parts(128)
+    assert len(compiled) == 1
+    trainer.loss(0, batch[0][0], batch[1][0]).backward()
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("is_tuned, limit_s", [("false", 1200), ("true", 3600)])
+def test_each_compiled_part_resets_the_watchdog_and_a_tuned_start_logs_it(run_main, small_config, tmp_path, monkeypatch,
+                                                                          is_tuned, limit_s):
+    limits = []
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.callback_handler, "end_callbacks", [])
+    monkeypatch.setattr(train.Trainer, "warm_up", lambda _: torch.compile(lambda x: -x, backend="eager")(torch.ones(1)))
+    monkeypatch.setattr(distributed, "reset_watchdog", limits.append)
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    assert run_main(small_config(), "--coordinate_descent_tuning", is_tuned) == 0 and limits == [limit_s]
+    text = (tmp_path / "logs/small/000.txt").read_text()
+    assert len(re.findall(r"^warm-up: tuning part 0/0 after \d+ s$", text, re.MULTILINE)) == (is_tuned == "true")
+
+
 # -----------------------------------------------------------------------------
 # The loop, with steps and validations that take no time
 
