@@ -1,6 +1,5 @@
 """Checkpoints: initial weights, final weights, and the state from which an interrupted run resumes."""
 
-import io
 import json
 import os
 import zipfile
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from logs.distributed import Diverged, describe_device, describe_environment
+from logs.distributed import Diverged, describe_device, describe_environment, gather
 from logs.log_format import BOOKKEEPING_KEYS, differences
 from logs.run_log import RunLog, checkpoint_path, here_and_now, open_log
 
@@ -52,14 +51,14 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the weights to the CPU's memory, under the names of a published checkpoint."""
-    return {COMPILED_PREFIX + name: w.to("cpu", copy=True) for name, w in model.state_dict().items()}
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights in the CPU's memory, copied only from a GPU, under the names of a published checkpoint."""
+    return {COMPILED_PREFIX + name: w.cpu() for name, w in model.state_dict().items()}
 
 
 def write_weights(log: RunLog, model: nn.Module, step: int, code: str) -> None:
     """Write the final weights beside the log, in the form of a published checkpoint. Raises OSError as `write`."""
-    write(log.path.with_suffix(".ckpt"), dict(step=step, code=code, model=copy_weights(model)))
+    write(log.path.with_suffix(".ckpt"), dict(step=step, code=code, model=weights_of(model)))
 
 
 def read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:
@@ -104,33 +103,35 @@ def is_finite_everywhere(model: nn.Module, optimizers: Iterable[Optimizer]) -> b
     return not num_bad_ranks.item()
 
 
-def copy_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Copy the states that an optimizer has on this rank to the CPU's memory, by the parameter's name."""
-    return {name: {key: tensor.to("cpu", copy=True) for key, tensor in optimizer.state[p].items()}
-            for name, p in model.named_parameters() if p in optimizer.state}
+def states_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Return the states that an optimizer has on this rank, by the parameter's name; nothing is copied."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
 
 
-def copy_state(model: nn.Module, replicated: Optimizer, sharded: Optimizer) -> dict[str, Any]:
-    """Copy weights and all ranks' optimizer states to rank 0's CPU memory; return {} on the other ranks.
+def collect_state(model: nn.Module, replicated: Optimizer, sharded: Optimizer) -> dict[str, Any]:
+    """Collect weights and all ranks' optimizer states in rank 0's CPU memory; return {} on the other ranks.
 
-    `replicated` has the same states on every rank; each state of `sharded` is on one rank.
+    Every rank has the states of `replicated`; each of `sharded` is on one rank, which sends it tensor by tensor. What
+    is in rank 0's CPU memory already is not copied.
     """
-    states = copy_optimizer(model, sharded)
-    if dist.get_world_size() > 1:
-        packed = io.BytesIO()
-        torch.save(states, packed)  # plain pickle writes uint16 tensors, Muon's mantissas, that it cannot read
-        gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(packed.getvalue(), gathered)
-        if gathered is None:
-            return {}
-        for content in gathered[1:]:
-            states |= torch.load(io.BytesIO(content), weights_only=True)
-    return dict(model=copy_weights(model), optimizer_states=states | copy_optimizer(model, replicated))
+    rank, states = dist.get_rank(), states_of(model, sharded)
+    forms = [(name, key, tensor.to("meta")) for name, state in states.items() for key, tensor in state.items()]
+    for source, forms_of_source in enumerate(gather(forms)[1:], start=1):
+        for name, key, form in forms_of_source if rank in (0, source) else ():
+            if rank == 0:
+                states.setdefault(name, {})[key] = torch.empty_like(form, device="cpu")
+            content = states[name][key].cpu().reshape(-1).view(torch.uint8)  # gloo knows no uint16, Muon's mantissas
+            dist.send(content, 0) if rank else dist.recv(content, source)
+    if rank:
+        return {}
+    states |= states_of(model, replicated)
+    states = {name: {key: tensor.cpu() for key, tensor in state.items()} for name, state in states.items()}
+    return dict(model=weights_of(model), optimizer_states=states)
 
 
 @torch.no_grad()
 def restore(state: dict[str, Any], model: nn.Module, replicated: Optimizer, sharded: Optimizer) -> None:
-    """Undo `copy_state`, on every rank; `sharded` takes the states of the parameters that it owns on this rank."""
+    """Undo `collect_state`, on every rank; `sharded` takes the states of the parameters that it owns on this rank."""
     optimizer_of = {p: replicated for group in replicated.param_groups for p in group["params"]}
     optimizer_of |= dict.fromkeys(sharded.owned, sharded)
     for name, p in model.named_parameters():
@@ -148,7 +149,7 @@ def save(log: RunLog, identity: dict[str, Any], model: nn.Module, optimizers: Se
     """
     if not is_finite_everywhere(model, optimizers):
         raise Diverged(step, "a weight or an optimizer state is not finite")
-    state = copy_state(model, *optimizers)
+    state = collect_state(model, *optimizers)
     if log.path is not None:
         state |= dict(step=step, train_time_ms=train_time_ms, log_bytes=log.size(), identity=json.dumps(identity))
         try:

@@ -1,10 +1,10 @@
 """Measure the cost of a checkpoint: python tests/benchmark_checkpoint.py CONFIG.toml [--KEY VALUE ...], or torchrun.
 
-Trains for 20 steps with a checkpoint every 5. Prints medians; train_time does not count checkpoints.
+Trains nothing: gives every parameter its optimizer states and saves them three times. Prints the median times and the
+largest growth of rank 0.
 """
 
-import os
-import shutil
+import re
 import sys
 import tempfile
 import time
@@ -13,31 +13,47 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch  # noqa: E402
+
 import train_gpt_medium as train  # noqa: E402
-from logs import checkpoint  # noqa: E402
+from configs.config import load, parse_command_line  # noqa: E402
+from logs import checkpoint, distributed, run_log  # noqa: E402
 
 
-def measure(owner, name: str) -> list[tuple[float, float]]:
-    """Make a function append its milliseconds, and the MB of the file that it writes, to the returned list."""
-    function, measured = getattr(owner, name), []
-    def replacement(*arguments):
-        start = time.perf_counter()
-        function(*arguments)
-        size = arguments[0].stat().st_size / 1e6 if isinstance(arguments[0], Path) else 0.0
-        measured.append((1000 * (time.perf_counter() - start), size))
-    setattr(owner, name, replacement)
-    return measured
+def memory(name: str) -> float:
+    """Return VmRSS or VmHWM, its maximum since the last call of `save`, of this process in MB."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
+def save(trainer: train.Trainer, log: run_log.RunLog) -> tuple[float, float, float]:
+    """Return the seconds of a checkpoint, those of this process's CPU, and the MB by which the process grows."""
+    distributed.synchronize(trainer.device)
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+    before, start, start_cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
+    checkpoint.save(log, {}, trainer.model, trainer.optimizers, 1, 0.0)
+    return time.perf_counter() - start, time.process_time() - start_cpu, memory("VmHWM") - before
+
+
+def main() -> None:
+    distributed.start_process_group()
+    (config,), overrides, _ = parse_command_line(train.Hyperparameters, sys.argv[1:], __doc__)
+    hp = load(train.Hyperparameters, config, {"seed": "0"} | overrides)
+    trainer = train.Trainer(hp, distributed.find_device())
+    for p in trainer.model.parameters():
+        p.grad = torch.zeros_like(p)
+    trainer.optimizers[1].update = lambda *_: None  # Newton-Schulz takes minutes on a CPU
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    trainer.model.zero_grad()
+    with tempfile.TemporaryDirectory() as folder:
+        log = run_log.RunLog(Path(folder) / "000.txt" if trainer.rank == 0 else None)
+        seconds, of_cpu, growth = zip(*(save(trainer, log) for _ in range(3)))
+        if log.path:
+            size = run_log.checkpoint_path(log.path).stat().st_size / 1e6
+            ranks = run_log.plural(trainer.world_size, "rank")
+            print(f"{ranks}: a checkpoint of {size:,.0f} MB takes {median(seconds):,.2f} s, {median(of_cpu):,.2f} s of "
+                  f"rank 0's CPU; rank 0 grows by {max(growth):,.0f} MB")
 
 
 if __name__ == "__main__":
-    saves, writes = measure(checkpoint, "save"), measure(checkpoint, "write")
-    steps = measure(train.Trainer, "train_step")
-    folder = f"{tempfile.gettempdir()}/benchmark_checkpoint_{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
-    options = ["--num_iterations=20", "--checkpoint_every=5", "--val_loss_every=0", f"--log_dir={folder}"]
-    status = train.main([*sys.argv[1:], *options])
-    if writes:  # on rank 0
-        shutil.rmtree(folder)
-        (save, _), (write, size), (step, _) = (map(median, zip(*each)) for each in (saves, writes, steps[1:]))
-        print(f"a checkpoint of {size:,.0f} MB stops training for {save:,.0f} ms, {write:,.0f} ms of them to write the "
-              f"file; a step takes {step:,.0f} ms")
-    sys.exit(status)
+    main()

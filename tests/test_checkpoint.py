@@ -86,6 +86,12 @@ def trainer(small_config, process_group, request):
 
 @pytest.mark.parametrize("trainer", ["fp32", "bf16"], indirect=True)
 def test_a_resumed_trainer_is_the_saved_one_to_the_bit(trainer, tmp_path):
+    """On one rank's CPU, saving copies nothing."""
+    held = checkpoint.collect_state(trainer.model, *trainer.optimizers)
+    live = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    places = [{tensor.data_ptr() for tensors in each for tensor in tensors.values()} for each in (
+        [held["model"], *held["optimizer_states"].values()], [dict(trainer.model.named_parameters()), *live])]
+    assert places[0] == places[1]
     checkpoint.save(run_log.RunLog(tmp_path / "000.txt"), {"code": "x = 1"}, trainer.model, trainer.optimizers, 1, 2.5)
     state = checkpoint.read_resumable(tmp_path / "000.resume.ckpt", {"code": "x = 1  # A comment"})
     assert (state["step"], state["train_time_ms"], state["log_bytes"]) == (1, 2.5, 0)
