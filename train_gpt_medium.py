@@ -50,8 +50,7 @@ from logs.log_format import program_text
 
 HEAD_DIM = 128
 SKIPS = {9: 6, 10: 4, 11: 2}  # layer -> the earlier layer whose output it adds
-ATTENTION_SCALE = 0.12
-LOGIT_CAP = 15.0
+ATTENTION_SCALE, LOGIT_CAP = 0.12, 15.0
 ROPE_MIN_FREQUENCY = 1 / 1024  # radians per token; the highest is 1
 GATE_DIM = 16  # features of the attention's input that a value-embedding gate reads
 BLOCK_SIZE = 128  # tokens per block of the attention mask
@@ -456,9 +455,8 @@ class GPT(nn.Module):
             block.compile(dynamic=False, fullgraph=True)
         Share.sum_gradients = torch.compile(sum_tensors, dynamic=False)
         num_readers = 1 + NUM_LAYERS + sum(isinstance(source, EmbeddingMap) for source in self.value_embeds)
-        with torch.no_grad():  # compiled by this call: the backward's thread would not know the compiler's options
-            Share.sum_gradients(*(self.embed.weight.new_empty(seq_len, self.embed.embedding_dim)
-                                  for _ in range(num_readers)))
+        with torch.no_grad():  # this call compiles it: the backward's thread would not know the compiler's options
+            Share.sum_gradients(*self.embed.weight.new_empty(num_readers, seq_len, self.embed.embedding_dim))
         self.attention_masks = torch.compile(attention_masks, dynamic=False, fullgraph=True)
         self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
@@ -603,14 +601,13 @@ def set_schedules(adamw: torch.optim.AdamW, muon: Muon, step: int, hp: Hyperpara
 
 
 class Trainer:
-    """Hold the model, its optimizers and the training step. The step is the same function for every world size:
-    each rank sums its sequences' gradients, every loss weighted by 1 / sequences_per_step, and an all-reduce sums over
-    the ranks, in the parameters' dtypes.
+    """Hold the model, its optimizers and the training step, the same function for every world size: a loss has weight
+    1 / sequences_per_step, each rank sums its gradients, an all-reduce in their dtype sums over the ranks. It starts
+    when the last sequence's backward has made the gradient, so all ranks start them in one order, that of the graph.
     """
 
     def __init__(self, hp: Hyperparameters, device: torch.device):
-        self.hp, self.device = hp, device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.hp, self.device, self.rank, self.world_size = hp, device, dist.get_rank(), dist.get_world_size()
         # Tuning goes through one kernel after the other; all of the published script's took half an hour.
         self.timeout_s = max(hp.step_timeout, distributed.START_TIMEOUT_S * (3 if hp.coordinate_descent_tuning else 1))
         with device:
@@ -619,8 +616,11 @@ class Trainer:
             self.model.use_bf16()
         if hp.init_from:
             self.model.load_state_dict(checkpoint.read_weights(hp.init_from, self.model))
-        for p in self.model.parameters():
+        self.is_last_sequence, self.reductions = False, {}  # parameter -> dist.Work
+        self.parameters = dict(self.model.named_parameters())
+        for p in self.parameters.values():
             dist.broadcast(p.detach(), 0)
+            p.register_post_accumulate_grad_hook(self.start_reduction)
         # Opened once, so that replacing files during a run does not change its data.
         self.train_shards, self.val_shards = open_shards(hp.train_files), open_shards(hp.val_files)
         self.optimizers = make_optimizers(self.model, hp, self.rank, self.world_size)
@@ -632,29 +632,35 @@ class Trainer:
             self.model.compile_parts(hp.train_seq_len)
             self.optimizers[1].update = torch.compile(muon_update, dynamic=False, fullgraph=True)
 
-    def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> list[dist.Work]:
-        """Start to sum the gradients over the ranks. Raises ValueError if a parameter has none."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(p.grad is None for p in parameters):
-            name = next(name for name, p in self.model.named_parameters() if p.grad is None)
-            raise ValueError(f"parameter {name} got no gradient: the loss does not depend on it; use it in GPT.forward")
-        return [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+    def start_reduction(self, p: Tensor) -> None:
+        """Start to sum p's gradient over the ranks, if this is the last sequence's backward."""
+        if self.is_last_sequence:
+            self.reductions[p] = dist.all_reduce(p.grad, async_op=True)
 
     def loss(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.model(inputs, targets, self.windows[window_blocks(step, self.hp.num_iterations)])
 
     def train_step(self, step: int, inputs: Tensor, targets: Tensor) -> None:
-        """Update the weights from this rank's sequences, (n, train_seq_len) each."""
-        for sequence, sequence_targets in zip(inputs, targets):
-            self.loss(step, sequence, sequence_targets).backward(gradient=self.loss_weight)
-        reductions = [self.reduce_gradients(optimizer) for optimizer in self.optimizers]
+        """Update the weights from sequences (n, train_seq_len). Raises ValueError if a parameter has no gradient."""
+        for number, sequence in enumerate(zip(inputs, targets), start=1):
+            self.is_last_sequence = number == len(inputs)
+            self.loss(step, *sequence).backward(gradient=self.loss_weight)
+        self.is_last_sequence = False
+        if missing := [name for name, p in self.parameters.items() if p.grad is None]:
+            raise ValueError(f"parameter {missing[0]} got no gradient: the loss ignores it; use it in GPT.forward")
         set_schedules(*self.optimizers, step, self.hp)
-        for optimizer, works in zip(self.optimizers, reductions):
-            for work in works:
-                work.wait()
+        for optimizer in reversed(self.optimizers):  # Muon's gradients are there first, the embedding's last
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                self.reductions.pop(p).wait()
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
         distributed.reset_watchdog(self.timeout_s)
+
+    def report_compiled(self, log: run_log.RunLog, started_at: float, part: Any) -> None:
+        """Reset the watchdog when a part is compiled, and log it if tuning its kernels can take minutes from here."""
+        distributed.reset_watchdog(self.timeout_s)
+        if self.hp.coordinate_descent_tuning:
+            log.line(f"warm-up: tuning part {part.compile_id} after {time.monotonic() - started_at:.0f} s")
 
     @torch.no_grad()
     def validate(self, step: int) -> float:
@@ -733,13 +739,6 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
             started_at = distributed.synchronize(device)
 
 
-def report_compiled(log: run_log.RunLog, trainer: Trainer, started_at: float, compiled: Any) -> None:
-    """Reset the watchdog when a part is compiled, and log it if tuning its kernels can take minutes from here."""
-    distributed.reset_watchdog(trainer.timeout_s)
-    if trainer.hp.coordinate_descent_tuning:
-        log.line(f"warm-up: tuning part {compiled.compile_id} after {time.monotonic() - started_at:.0f} s")
-
-
 def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, Any], drawing: str,
                  log: run_log.RunLog, state: dict[str, Any] | None) -> None:
     """Train on every rank, from the warm-up, or from a checkpoint's `state`. Raises what `train` raises."""
@@ -747,7 +746,7 @@ def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, 
     step, time_ms = checkpoint.begin_log(log, identity, state, drawing, device)
     log.line(f"log: {log.path}\nwarm-up: {run_log.plural(hp.warmup_steps, 'step')}, not timed, then undone")
     trainer = Trainer(hp, device)
-    torch._dynamo.on_compile_end(partial(report_compiled, log, trainer, time.monotonic()))
+    torch._dynamo.on_compile_end(partial(trainer.report_compiled, log, time.monotonic()))
     step_s, validation_s = trainer.warm_up()
     if step_s:
         every = hp.val_loss_every or hp.num_iterations

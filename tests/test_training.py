@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from faults import Ranks
 from golden import golden_weights
 from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_losses, weights_and_states
 
@@ -75,6 +76,23 @@ def test_the_warm_up_runs_training_and_validation(small_config, process_group):
     trainer.model.register_forward_hook(lambda module, args, loss: seen.append((len(args[0]), loss.requires_grad)))
     assert min(trainer.warm_up()) > 0  # seconds of a step and of a validation
     assert seen == [(128, True)] * 2 + [(256, False)] * 2
+
+
+@pytest.mark.slow
+def test_all_ranks_reduce_each_gradient_once_and_in_one_order_during_the_last_backward(small_config, tmp_path):
+    fault = """
+before(train.Trainer, "loss", lambda: print("sequence", flush=True))
+before(train.Trainer, "start_reduction", None, lambda trainer, p: trainer.is_last_sequence and print(
+    next(name for name, q in trainer.parameters.items() if q is p), flush=True))"""
+    run = Ranks(tmp_path / "output", small_config(num_iterations=2, val_loss_every=0), ranks=2, fault=fault)
+    assert run.statuses() == [0, 0], run.output("stderr")
+    names, lines = {*golden_weights([[0, 13], [1, 14], [2, 15]], 128, 256)}, []
+    for rank in (0, 1):
+        words = (tmp_path / f"output/stdout.{rank}").read_text().splitlines()
+        lines.append([word for word in words if word in names | {"sequence"}])
+    of_step = lines[0][: 2 + len(names)]
+    assert lines[0] == lines[1] == 2 * of_step + 2 * ["sequence"]  # the validation has two for each rank, too
+    assert of_step[:3] == ["sequence", "sequence", "lm_head_w"] and {*of_step[2:]} == names
 
 
 def test_the_backward_compiles_nothing(small_config, process_group, monkeypatch):
