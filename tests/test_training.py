@@ -117,9 +117,9 @@ def test_each_compiled_part_resets_the_watchdog_and_a_tuned_start_logs_it(run_ma
     limits = []
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.callback_handler, "end_callbacks", [])
-    monkeypatch.setattr(train.Trainer, "warm_up", lambda _: torch.compile(lambda x: -x, backend="eager")(torch.ones(1)))
+    monkeypatch.setattr(train.Trainer, "warm_up", lambda _: torch.compile(lambda x: -x, backend="eager")(torch.ones(2)))
     monkeypatch.setattr(distributed, "reset_watchdog", limits.append)
-    monkeypatch.setattr(train, "train", lambda *_: None)
+    monkeypatch.setattr(train, "train", lambda trainer, log, *_: log.validation_line(4, 4, 1.0, 5.0))
     assert run_main(small_config(), "--coordinate_descent_tuning", is_tuned) == 0 and limits == [limit_s]
     text = (tmp_path / "logs/small/000.txt").read_text()
     assert len(re.findall(r"^warm-up: tuning part 0/0 after \d+ s$", text, re.MULTILINE)) == (is_tuned == "true")
