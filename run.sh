@@ -15,13 +15,13 @@ here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 venv=$here/.venv python=${PYTHON:-python3}
 use_venv() { python=$venv/bin/python && unset PYTHONPATH PYTHONHOME; } # these can lead to another Python's packages
 [ -n "${PYTHON-}" ] || [ ! -x "$venv/bin/python" ] || use_venv
-training="tomllib torch numpy tqdm huggingface_hub" comparing="tomllib numpy scipy matplotlib"
-has() { # Whether the Python $1 has the modules $2... They are not imported, because importing PyTorch takes seconds.
-    "$1" -c 'import sys; from importlib.util import find_spec; from importlib.metadata import version
-missing = ["Python 3.10"] * (sys.version_info < (3, 10)) or [name for name in sys.argv[1:] if not find_spec(name)]
-if not missing and "torch" in sys.argv and not (2, 11) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 13):
-    missing = ["PyTorch 2.11 to 2.13"]
-sys.exit(f"run.sh: {sys.executable} lacks {missing[0]}" if missing else 0)' "${@:2}"
+training="tomllib|tomli torch numpy tqdm huggingface_hub" comparing="tomllib|tomli numpy scipy matplotlib"
+has() { # Whether the Python $1 has the modules $2..., of a|b one. It imports none, because PyTorch takes seconds.
+    "$1" -c 'import sys; from importlib.util import find_spec as find; from importlib.metadata import version
+lacks = ["Python 3.10"] * (sys.version_info < (3, 10)) or [m for m in sys.argv[1:] if not any(map(find, m.split("|")))]
+if not lacks and "torch" in sys.argv and not (2, 11) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 13):
+    lacks = ["PyTorch 2.11 to 2.13"]
+sys.exit(f"run.sh: {sys.executable} lacks {lacks[0]}" if lacks else 0)' "${@:2}"
 }
 fail() { echo "run.sh: $*" >&2 && exit 2; }
 get_python() { # Sets `python` to one that has the modules $1. In .venv, installs what it lacks of the files $2... once.

@@ -84,7 +84,9 @@ def installs(clone, *folders, without=()):
 def test_it_takes_PYTHON_or_else_venv_or_else_python3(clone, tmp_path):
     active = make_active_python(clone, modules=MODULES)
     assert run(clone, "a b.toml", "-n", "2") == (0, [f"{active} run_queue.py a b.toml -n 2"])
-    venv, other = make_python(clone / ".venv"), make_python(tmp_path / "other", MODULES)
+    venv, other = make_python(clone / ".venv"), make_python(tmp_path / "other", [*MODULES, "tomli"])
+    write(next((tmp_path / "other").rglob("torch.py")).with_name("sitecustomize.py"),
+          "import sys; sys.modules['tomllib'] = None")  # as in Python 3.10
     assert run(clone, PYTHON=str(other)) == (0, [f"{other} run_queue.py"])
     assert run(clone, PYTHON=str(venv)) == (2, [f"run.sh: {venv} lacks torch; correct or unset PYTHON"])
     assert run(clone)[1][-1] == f"{venv} run_queue.py"
