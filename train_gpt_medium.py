@@ -88,7 +88,8 @@ class Hyperparameters:
     sequences_per_step: int = key(8, "training sequences per step, over all ranks", min=1, scale=True)
     num_iterations: int = key(5960, "training steps", min=1, scale=True)
     cooldown_frac: float = key(0.7, "fraction of the steps over which learning rates fall to 0", min=0, max=1)
-    vocab_size: int = key(50257, "token ids; the last one is the end-of-text token", min=2, max=2**16, scale=True)
+    vocab_size: int = key(50257, "number of token ids", min=2, max=2**16, scale=True)
+    end_of_text: int | None = key(None, "token id that starts each document; default: the last id", min=0, scale=True)
     num_heads: int = key(8, "attention heads", min=1, max=256, scale=True)
     model_dim: int = key(1024, f"width, {HEAD_DIM} * num_heads", min=1, scale=True)
     target_loss: float = key(2.92, "validation loss to which compare takes the time", min=0, max=1000, scale=True)
@@ -102,6 +103,10 @@ class Hyperparameters:
     save_checkpoint: bool = key(False, "write the final weights beside the log, as RUN_ID.ckpt")
     checkpoint_every: int = key(1000, "steps between resumable checkpoints; 0: none", min=0)
     step_timeout: int = key(600, "seconds without progress before a run ends as hung", min=1, max=10**9)
+
+    @property
+    def eot_id(self) -> int:
+        return self.vocab_size - 1 if self.end_of_text is None else self.end_of_text
 
     @property
     def num_val_sequences(self) -> int:
@@ -285,7 +290,7 @@ class BigramTable(nn.Embedding):
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(rows, HEAD_DIM * heads)
-        self.eot_id = hp.vocab_size - 1
+        self.eot_id = hp.eot_id
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -386,7 +391,7 @@ class GPT(nn.Module):
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.eot_id = hp.vocab_size - 1
+        self.eot_id = hp.eot_id
         sources = [read_entry(entry) for entry in hp.value_embeddings]
         padded_vocab_size = -(-hp.vocab_size // 128) * 128
         self.sources_by_layer = [[k for k, source in enumerate(sources) if layer in source.layers]
@@ -622,7 +627,9 @@ class Trainer:
             dist.broadcast(p.detach(), 0)
             p.register_post_accumulate_grad_hook(self.start_reduction)
         # Opened once, so that replacing files during a run does not change its data.
-        self.train_shards, self.val_shards = open_shards(hp.train_files), open_shards(hp.val_files)
+        step_tokens = hp.sequences_per_step * hp.train_seq_len
+        self.train_shards = open_shards(hp.train_files, hp.vocab_size, step_tokens, hp.num_iterations)
+        self.val_shards = open_shards(hp.val_files, hp.vocab_size, hp.val_seq_len, hp.num_val_sequences)
         self.optimizers = make_optimizers(self.model, hp, self.rank, self.world_size)
         self.loss_weight = torch.tensor(1 / hp.sequences_per_step, device=device)
         self.windows = [torch.tensor(blocks, dtype=torch.int32, device=device)  # made once: a copy would stall the CPU
@@ -791,8 +798,9 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
     """Check memory, shards and finished runs; return a new run's identity. Raises as they do."""
     distributed.check_mask_memory(str(config), device_type, max(hp.train_seq_len, hp.val_seq_len))
-    data = checks.check_streams(config, hp.vocab_size, hp.train_files, hp.sequences_per_step * hp.train_seq_len,
-                                hp.num_iterations, hp.val_files, hp.val_seq_len, hp.num_val_sequences)
+    step_tokens = hp.sequences_per_step * hp.train_seq_len
+    data = checks.check_streams(config, hp.vocab_size, hp.eot_id, hp.train_files, step_tokens, hp.num_iterations,
+                                hp.val_files, hp.val_seq_len, hp.num_val_sequences)
     identity = asdict(hp) | data | {"device": device_type, "code": program_text()}
     if hp.init_from:
         identity["init_sha256"] = hashlib.sha256(Path(hp.init_from).read_bytes()).hexdigest()[:16]

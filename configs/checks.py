@@ -183,18 +183,22 @@ def check_world_size(world_size: int, sequences_per_step: int, num_val_sequences
                              f"start {valid} ranks (torchrun --nproc_per_node), or change the key")
 
 
-def check_streams(config: Path, vocab_size: int, train_files: str, step_tokens: int, num_iterations: int,
-                  val_files: str, val_seq_len: int, num_val_sequences: int) -> dict[str, list]:
+def check_streams(config: Path, vocab_size: int, end_of_text: int, train_files: str, step_tokens: int,
+                  num_iterations: int, val_files: str, val_seq_len: int, num_val_sequences: int) -> dict[str, list]:
     """Check the training and validation shards; return their fingerprints as `train_data` and `val_data`.
 
     Raises MissingShardsError, with the command that fetches the data if there is one, or ValueError.
     """
+    if end_of_text >= vocab_size:
+        raise ValueError(f"{config}: end_of_text: {end_of_text} is no token id; use at most {vocab_size - 1}")
     fingerprints, fineweb_shards = {}, num_shards_needed(num_iterations, step_tokens)
     for name, files, batch_tokens, count, purpose in (
         ("train", train_files, step_tokens, num_iterations, f"num_iterations = {num_iterations}"),
         ("val", val_files, val_seq_len, num_val_sequences, f"val_tokens = {num_val_sequences * val_seq_len}"),
     ):
         with error_context(f"{config}: {name}_files"):
-            shards = check_stream(files, vocab_size, batch_tokens, count, purpose, fineweb_shards)
+            shards = check_stream(files, vocab_size, end_of_text, batch_tokens, count, purpose, fineweb_shards)
             fingerprints[f"{name}_data"] = fingerprint(shards, batch_tokens, count)
+    if shared := [shard[0] for shard in fingerprints["val_data"] if shard in fingerprints["train_data"]]:
+        raise ValueError(f"{config}: val_files: {shared[0]} is training data too; validate on other shards")
     return fingerprints

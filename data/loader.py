@@ -13,9 +13,6 @@ from data.cached_fineweb10B import FINEWEB_FOLDER, SHARD_TOKENS, absent_shards, 
 from data.local_text import LOCAL_TEXT_FOLDER
 from data.shards import MissingShardsError, Shard, locate_batches, num_batches, open_shards
 
-FULLY_CHECKED_TOKENS = 2**23  # in shards up to this size every token id is checked
-SAMPLES = 64, 2**14  # number and tokens of the evenly spaced samples that are checked in larger ones
-
 
 def to_inputs_and_targets(tokens: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Turn n*seq_len + 1 token ids into inputs (n, seq_len) int32 and targets (n, seq_len) int64 on the device."""
@@ -54,25 +51,26 @@ def val_sequences(shards: list[Shard], seq_len: int, num_sequences: int, rank: i
             yield number, inputs[0], targets[0]
 
 
-def check_stream(pattern: str, vocab_size: int, batch_tokens: int, num_needed: int, purpose: str,
+def check_stream(pattern: str, vocab_size: int, end_of_text: int, batch_tokens: int, num_needed: int, purpose: str,
                  fineweb_shards: int | None) -> list[Shard]:
-    """Return a stream's shards if they hold the batches that `purpose` needs, of token ids below `vocab_size`.
+    """Return a stream's shards if they hold the batches that `purpose` needs and pass `check_tokens`.
 
     Raises MissingShardsError for missing and damaged shards, ValueError for other faults. For FineWeb, its command
     fetches at least `fineweb_shards` training shards; None means that all of them are too few.
     """
     try:
-        shards = open_shards(pattern)
-        check_token_ids(shards, vocab_size)
+        shards = open_shards(pattern, vocab_size, batch_tokens, num_needed)
+        for shard in shards:
+            check_tokens(shard, end_of_text)
         lengths = [shard.num_tokens for shard in shards]
         if (found := num_batches(lengths, batch_tokens)) < num_needed:
-            whole = {shard.name for shard in shards if shard.num_tokens == SHARD_TOKENS}
+            whole = {shard.path.name for shard in shards if shard.num_tokens == SHARD_TOKENS}
             error = MissingShardsError if absent_shards(pattern, fineweb_shards or 0, whole) else ValueError
             raise error(f"too few tokens: {purpose} needs {num_needed * batch_tokens:,} ({num_needed:,} x "
                         f"{batch_tokens:,}) and 2 more, {pattern} has {sum(lengths):,} (shards: {len(shards)}), "
                         f"enough for {found:,}; ask for less or add shards")
-        last = max(shard_number(shard.path) for shard, _ in locate_batches(shards, batch_tokens, 0, num_needed))
-        for name in absent_shards(pattern, last, {shard.name for shard in shards}):
+        last = max(shard_number(shard.path) for shard in shards)
+        for name in absent_shards(pattern, last, {shard.path.name for shard in shards}):
             raise MissingShardsError(f"{pattern}: {name} is missing though later shards are there, so the run would "
                                      f"read other tokens; name the shards in the pattern or fetch the missing", name)
         return shards
@@ -81,14 +79,13 @@ def check_stream(pattern: str, vocab_size: int, batch_tokens: int, num_needed: i
         raise MissingShardsError(str(error), error.path, command) from None
 
 
-def check_token_ids(shards: list[Shard], vocab_size: int) -> None:
-    """Raise ValueError for a token id that is not below `vocab_size`."""
-    for shard in shards:
-        num_samples, count = (1, shard.num_tokens) if shard.num_tokens <= FULLY_CHECKED_TOKENS else SAMPLES
-        for start in np.linspace(0, shard.num_tokens - count, num_samples).astype(int):
-            if (largest := shard.read(int(start), count).max()) >= vocab_size:
-                raise ValueError(f"{shard.path}: holds token id {largest}, but vocab_size is {vocab_size}; "
-                                 f"use data with this vocabulary, or set vocab_size")
+def check_tokens(shard: Shard, end_of_text: int) -> None:
+    """Read a shard, or samples of a large one. Raises ValueError if no document starts there, or as `read` does."""
+    num_samples, count = (1, shard.num_tokens) if shard.num_tokens <= 2**23 else (64, 2**14)
+    starts = np.linspace(0, shard.num_tokens - count, num_samples).astype(int)
+    if not any([end_of_text in shard.read(int(start), count) for start in starts]):  # a list, to read all
+        raise ValueError(f"{shard.path}: no document starts: none of {num_samples * count:,} tokens is {end_of_text}; "
+                         "set end_of_text to the id that starts documents, 50256 in GPT-2's shards")
 
 
 def fetch_command(pattern: str, path: str, fineweb_shards: int | None) -> list[str]:

@@ -1,13 +1,17 @@
 """Token shards: the file format, and the order in which a stream reads them. data/README.md describes both."""
 
+import errno
 import glob
 import hashlib
 import io
 import itertools
+import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,80 +27,96 @@ class MissingShardsError(ValueError):
         self.command = list(command)  # arguments of the Python command that gets the data, [] if none does
 
 
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError into a ValueError. It is no sign of damage, so nothing may remove the file or fetch it again."""
+    try:
+        yield
+    except OSError as error:
+        fix = "raise ulimit -n" if error.errno == errno.EMFILE else "check its path, permissions and disk"
+        raise ValueError(f"{path}: cannot be read: {error.strerror}; {fix}") from None
+
+
 @dataclass(frozen=True)
 class Shard:
     """An open shard. The file stays open so that replacing it during a run does not change the run."""
 
-    path: str
+    path: Path
     num_tokens: int
+    vocab_size: int
     file: io.FileIO
 
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
-
     def read(self, position: int, count: int) -> np.ndarray:
-        """Return the tokens from `position` on, (count,) uint16. Raises MissingShardsError if they cannot be read."""
-        try:
+        """Return the tokens from `position` on, (count,) uint16. Raises ValueError for too large or lost ones."""
+        with reading(self.path):
             # pread reports a lost disk page as an error; a memory map would kill the process.
             content = os.pread(self.file.fileno(), 2 * count, HEADER_BYTES + 2 * position)
             if len(content) < 2 * count:
                 raise OSError(0, f"ends before token {position + count:,}, though it was whole when opened")
-        except OSError as error:
-            raise MissingShardsError(f"{self.path}: {error.strerror}; make or fetch it again", self.path) from None
-        return np.frombuffer(content, "<u2")
+        tokens = np.frombuffer(content, "<u2")
+        if (largest := tokens.max(initial=0)) >= self.vocab_size:
+            raise ValueError(f"{self.path}: token {position + tokens.argmax():,} has id {largest}, but vocab_size is "
+                             f"{self.vocab_size}; use data with this vocabulary, or set vocab_size")
+        return tokens
 
 
-def open_shard(path: str) -> Shard:
-    """Open a shard. Raises MissingShardsError if it is unreadable or its magic number, version or length is wrong."""
-    try:
+def open_shard(path: Path, vocab_size: int) -> Shard:
+    """Open a shard. Raises MissingShardsError if its magic number, version or length is wrong."""
+    with reading(path):
         file = open(path, "rb", buffering=0)
         magic, version, num_tokens = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
         size = os.fstat(file.fileno()).st_size
-        found = (size - HEADER_BYTES) / 2  # tokens
-        for is_wrong, fault in (
-            (size < HEADER_BYTES, f"{size} bytes are too short for the header of {HEADER_BYTES}"),
-            (magic != SHARD_MAGIC, f"magic number {magic} instead of {SHARD_MAGIC}"),
-            (version != SHARD_VERSION, f"version {version} instead of {SHARD_VERSION}"),
-            (not 0 < num_tokens == found, f"wrong length, {num_tokens:,} tokens by its header but {found:,.15g} in it"),
-        ):
-            if is_wrong:
-                raise OSError(0, fault)
-    except OSError as error:
-        raise MissingShardsError(f"{path}: {error.strerror}; not a valid shard: make or fetch it again", path) from None
-    return Shard(path, num_tokens, file)
+    for what, found, expected in (("magic number", magic, SHARD_MAGIC), ("version", version, SHARD_VERSION),
+                                  ("length", num_tokens, (size - HEADER_BYTES) / 2)):
+        if found != expected:
+            raise MissingShardsError(f"{path}: wrong {what}, {found} in its header instead of {expected:.15g}; not a "
+                                     "valid shard: make or fetch it again", str(path))
+    return Shard(path, num_tokens, vocab_size, file)
 
 
-def open_shards(pattern: str) -> list[Shard]:
-    """Open the shards that match a glob pattern, sorted. Raises MissingShardsError if none match or one is damaged."""
-    if not (paths := sorted(glob.glob(pattern))):
+def open_shards(pattern: str, vocab_size: int = 2**16, batch_tokens: int = 1, count: float = math.inf) -> list[Shard]:
+    """Open the shards that match a glob pattern, in sorted order, as far as the first `count` batches need them.
+
+    Raises MissingShardsError if there are none or one is damaged, ValueError if one cannot be read.
+    """
+    folder, name = os.path.split(pattern)
+    literal = glob.escape(folder) if os.path.isdir(folder) else folder  # an existing folder's brackets mean themselves
+    paths = glob.glob(os.path.join(literal, name)) or glob.glob(os.path.join(literal, name.replace("[", "[[]")))
+    if not paths:
+        with reading(folder), suppress(FileNotFoundError, NotADirectoryError):
+            os.listdir(folder or ".")
         raise MissingShardsError(f"no file matches {pattern}; make or fetch the data (see data/README.md)")
-    return [open_shard(path) for path in paths]
+    shards: list[Shard] = []
+    for path in sorted(paths):
+        if num_batches([shard.num_tokens for shard in shards], batch_tokens) < count:
+            shards.append(open_shard(Path(path), vocab_size))
+    return shards
 
 
-def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
-    """Write tokens, (n,) integers below 65,536, as a shard."""
+def write_shard(path: str | os.PathLike, tokens: np.ndarray | Iterable[np.ndarray]) -> None:
+    """Write tokens, (n,) integers below 65,536, or several such arrays, as a shard."""
+    parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
     with open(path, "wb") as file:
-        file.write(struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(tokens)).ljust(HEADER_BYTES, b"\0"))
-        file.write(np.ascontiguousarray(tokens, "<u2"))
+        file.write(bytes(HEADER_BYTES))
+        size = sum(file.write(np.ascontiguousarray(part, "<u2")) for part in parts)
+        file.seek(0)
+        file.write(struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, size // 2))
 
 
-def batch_positions(shard_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield (shard index, position) of each batch: two tokens more must follow; a shard's rest is dropped."""
-    for shard, num_tokens in enumerate(shard_tokens):
-        for position in range(0, num_tokens - batch_tokens - 1, batch_tokens):
-            yield shard, position
+def batch_starts(num_tokens: int, batch_tokens: int) -> range:
+    """Return where a shard's batches start: two tokens more must follow each; the shard's rest is dropped."""
+    return range(0, num_tokens - batch_tokens - 1, batch_tokens)
 
 
-def num_batches(shard_tokens: Sequence[int], batch_tokens: int) -> int:
+def num_batches(shard_tokens: Iterable[int], batch_tokens: int) -> int:
     """Return how many batches a stream holds."""
-    return sum(1 for _ in batch_positions(shard_tokens, batch_tokens))
+    return sum(len(batch_starts(num_tokens, batch_tokens)) for num_tokens in shard_tokens)
 
 
 def locate_batches(shards: list[Shard], batch_tokens: int, start: int, stop: int) -> Iterator[tuple[Shard, int]]:
     """Yield (shard, position) of batches `start` to `stop` - 1 of the stream."""
-    positions = itertools.islice(batch_positions([shard.num_tokens for shard in shards], batch_tokens), start, stop)
-    return ((shards[i], position) for i, position in positions)
+    batches = ((shard, position) for shard in shards for position in batch_starts(shard.num_tokens, batch_tokens))
+    return itertools.islice(batches, start, stop)
 
 
 def fingerprint(shards: list[Shard], batch_tokens: int, count: int) -> list[list[str | int]]:
@@ -105,6 +125,5 @@ def fingerprint(shards: list[Shard], batch_tokens: int, count: int) -> list[list
     The hash is the first 16 hex digits of the SHA-256 of the header and first tokens, together at most 64 KiB.
     """
     used = dict.fromkeys(shard for shard, _ in locate_batches(shards, batch_tokens, 0, count))
-    header = HEADER_BYTES // 2  # in tokens; reading from -header on includes it
-    starts = [shard.read(-header, min(2**15, header + shard.num_tokens)) for shard in used]
-    return [[shard.name, shard.num_tokens, hashlib.sha256(x).hexdigest()[:16]] for shard, x in zip(used, starts)]
+    starts = [os.pread(shard.file.fileno(), 2**16, 0) for shard in used]
+    return [[shard.path.name, shard.num_tokens, hashlib.sha256(x).hexdigest()[:16]] for shard, x in zip(used, starts)]

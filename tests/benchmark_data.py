@@ -17,9 +17,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.loader import prefetch
-from data.shards import batch_positions, open_shards, write_shard
+from data.shards import locate_batches, num_batches, open_shards, write_shard
 
-SHARDS, SHARD_TOKENS, STEP_TOKENS = 3, 100_000_000, 8 * 65536
+SHARDS, SHARD_TOKENS, STEP_TOKENS, VOCAB_SIZE = 3, 100_000_000, 8 * 65536, 50_257
 H100S_TOKENS_PER_SECOND, SPEED_UP = 2.2e6, 10
 
 
@@ -28,13 +28,13 @@ def read_all(pattern, world_size, pace, is_cached):
 
     Returns tokens per second, and the longest waits for a batch in ms, at switches of shards and elsewhere.
     """
-    shards, count = open_shards(pattern), STEP_TOKENS // world_size
+    shards, count = open_shards(pattern, VOCAB_SIZE), STEP_TOKENS // world_size
     for shard in [] if is_cached else shards:
         os.fsync(shard.file.fileno())
         os.posix_fadvise(shard.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    positions = list(batch_positions([shard.num_tokens for shard in shards], STEP_TOKENS))
+    positions = list(locate_batches(shards, STEP_TOKENS, 0, num_batches([s.num_tokens for s in shards], STEP_TOKENS)))
     begin = due = time.perf_counter()
-    batches = prefetch(shards[shard].read(position, count + 1).astype(np.int32) for shard, position in positions)
+    batches = prefetch(shard.read(position, count + 1).astype(np.int32) for shard, position in positions)
     waits = ([], [])
     for (shard, _), (previous, _) in zip(positions, positions[:1] + positions):
         time.sleep(max(0.0, due - time.perf_counter()) if pace else 0)
@@ -47,7 +47,7 @@ def read_all(pattern, world_size, pace, is_cached):
 
 def benchmark(folder):
     for seed in range(SHARDS):
-        tokens = np.random.default_rng(seed).integers(0, 50_257, SHARD_TOKENS, dtype=np.uint16)
+        tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, SHARD_TOKENS, dtype=np.uint16)
         write_shard(f"{folder}/bench_train_{seed:06d}.bin", tokens)
     pace = STEP_TOKENS / H100S_TOKENS_PER_SECOND / SPEED_UP
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}\n"

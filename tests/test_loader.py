@@ -10,8 +10,10 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from golden import golden_weights
 from helpers import ROOT
 
+import train_gpt_medium as train
 from data import loader
 from data.cached_fineweb10B import num_shards_needed
 from data.loader import check_stream, prefetch, train_batches, val_sequences
@@ -98,9 +100,54 @@ def test_a_token_id_outside_the_vocabulary_is_found(tmp_path, monkeypatch, lengt
     write_shard(tmp_path / "b.bin", np.uint16(256) * (np.arange(length, dtype=np.int32) == first))
     read, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, start: read.append(size) or pread(file, size, start))
-    with pytest.raises(ValueError, match="b.bin: holds token id 256, but vocab_size is 256; use data") as raised:
-        check_stream(f"{tmp_path}/*.bin", 256, 100, 1, "a test", None)
+    fault = f"b.bin: token {first:,} has id 256, but vocab_size is 256; use data with this vocabulary, or set"
+    with pytest.raises(ValueError, match=fault) as raised:
+        check_stream(f"{tmp_path}/*.bin", 256, 0, 100, 1, "a test", None)
     assert sum(read) == bytes_read and not isinstance(raised.value, MissingShardsError)
+
+
+def test_a_token_id_between_the_samples_is_found_when_its_batch_is_read(tmp_path):
+    """In training, where it is due, and in a validation."""
+    tokens = np.zeros(9_000_000, np.uint16)
+    tokens[20_000] = 300
+    write_shard(tmp_path / "b.bin", tokens)
+    shards = check_stream(f"{tmp_path}/b.bin", 256, 0, 512, 100, "a test", None)
+    for batches in (train_batches(shards, 2, 256, 0, 100, 0, 1, CPU), val_sequences(shards, 512, 100, 0, 1, CPU)):
+        assert len([next(batches) for _ in range(39)]) == 39
+        with pytest.raises(ValueError, match="b.bin: token 20,000 has id 300, but vocab_size is 256; use data"):
+            next(batches)
+
+
+@pytest.mark.parametrize("length", [20_000, 9_000_000])
+def test_a_shard_where_no_document_starts_is_named_with_the_key(tmp_path, length):
+    """As GPT-2's shards, whose documents start with 50256, under a padded vocabulary; a single start is enough."""
+    tokens = np.full(length, 7, np.uint16)
+    tokens[0] = 50_256
+    write_shard(tmp_path / "a.bin", tokens)
+    check_stream(f"{tmp_path}/a.bin", 50_304, 50_256, 100, 1, "a test", None)
+    fault = f"a.bin: no document starts: none of {min(length, 2**20):,} tokens is 50303; set end_of_text to the id that"
+    with pytest.raises(ValueError, match=fault) as raised:
+        check_stream(f"{tmp_path}/a.bin", 50_304, 50_303, 100, 1, "a test", None)
+    assert not isinstance(raised.value, MissingShardsError)
+
+
+def test_documents_start_at_the_key_end_of_text():
+    """Under swapped ids, with swapped rows, the model computes the same loss; its default is the last id."""
+    def loss(tokens, swap, **keys):
+        torch.manual_seed(0)
+        model = train.GPT(train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=250, train_seq_len=256,
+                                                val_seq_len=256, seed=0, value_embeddings=[[0, 13]], **keys))
+        model.load_state_dict(golden_weights([[0, 13]], 128, 250))
+        for w in (model.embed.weight, model.value_embeds[0].weight, model.lm_head_w):
+            w.data[[3, 249]] = w.data[[249, 3] if swap else [3, 249]]
+        return model(tokens[:-1].int(), tokens[1:], torch.tensor(2, dtype=torch.int32)).item()
+    tokens = torch.randint(0, 250, (257,), generator=torch.Generator().manual_seed(0))
+    swapped = torch.where(tokens == 3, 249, torch.where(tokens == 249, 3, tokens))
+    assert loss(tokens, False) == loss(tokens, False, end_of_text=249) == pytest.approx(
+        loss(swapped, True, end_of_text=3), abs=1e-5) != pytest.approx(loss(swapped, True), abs=1e-3)
+    table = train.BigramTable(train.Hyperparameters(end_of_text=3), heads=1, rows=10)
+    table.weight.data[:, 0] = torch.arange(10)
+    assert table(torch.tensor([5, 3, 5]), None)[:, 0].tolist() == [9, 9, ((36313 * 5) ^ (27191 * 3)) % 9]
 
 
 _, TWO, THREE, _ = NAMES = [*(f"fineweb_train_00000{number}.bin" for number in (1, 2, 3)), "fineweb_val_000000.bin"]
@@ -122,7 +169,7 @@ NONE, GAP, SHORT, WHOLE, CUT = 4 * [0], [1_590, 0, 1_590, 1_590], 4 * [1_590], 4
     (SHORT, VAL, 16, 3, "too few tokens", None),  # there is one validation shard
     (SHORT, "elsewhere/*.bin", 1, 1, "no file matches", None),
     (WHOLE, "fineweb_train_00000[12].bin", 31, 3, "too few tokens", None),  # nothing to fetch for a narrow pattern
-    (CUT, TRAIN, 1, 1, f"{THREE}: wrong length", 3)])  # damaged, though the run does not need it
+    (CUT, TRAIN, 30, 1, "", None), (CUT, TRAIN, 31, 1, f"{THREE}: wrong length", 3)])  # the third is damaged
 def test_a_faulty_stream_and_the_command_for_it(tmp_path, monkeypatch, tokens, pattern, needed, shards, fault, number):
     """In a folder that stands for FineWeb's."""
     monkeypatch.setattr(loader, "FINEWEB_FOLDER", tmp_path)
@@ -131,11 +178,11 @@ def test_a_faulty_stream_and_the_command_for_it(tmp_path, monkeypatch, tokens, p
         write_shard(path, np.zeros(abs(count)))
         os.truncate(path, 2_000 if count < 0 else path.stat().st_size)
     with pytest.raises(ValueError, match=fault) if fault else nullcontext() as raised:
-        check_stream(f"{tmp_path}/{pattern}", 100, 100, needed, "a test", shards)
+        check_stream(f"{tmp_path}/{pattern}", 100, 0, 100, needed, "a test", shards)
     command = [] if number is None else ["data/cached_fineweb10B.py", str(number)]
     assert not fault or getattr(raised.value, "command", []) == command
     assert not fault or str(raised.value).partition(": python ")[2] == " ".join(command)
-    assert tokens != CUT or raised.value.path == str(tmp_path / THREE)
+    assert tokens != CUT or not fault or raised.value.path == str(tmp_path / THREE)
 
 
 def test_local_text_is_made_only_where_there_is_none(tmp_path, monkeypatch):
@@ -143,6 +190,6 @@ def test_local_text_is_made_only_where_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "LOCAL_TEXT_FOLDER", tmp_path)
     for command in (["data/local_text.py"], []):
         with pytest.raises(MissingShardsError) as raised:
-            check_stream(f"{tmp_path}/local_train_*.bin", 257, 100, 1, "a test", None)
+            check_stream(f"{tmp_path}/local_train_*.bin", 257, 256, 100, 1, "a test", None)
         assert pickle.loads(pickle.dumps(raised.value)).command == command
         (tmp_path / "local_train_000000.bin").touch()

@@ -56,7 +56,11 @@ KEYS = [
     (dict(val_files="nowhere/*.bin"), "small.toml: val_files: no file matches nowhere/*.bin"),
     (dict(num_iterations=118), "train_files: too few tokens: num_iterations = 118 needs 60,416"),
     (dict(val_tokens=10240), "val_files: too few tokens: val_tokens = 10240"),
-    (dict(vocab_size=200), "s_train_000001.bin: holds token id"),
+    (dict(vocab_size=200), "s_train_000001.bin: token 49 has id 255, but vocab_size is 200; use data with this"),
+    (dict(vocab_size=300), "s_train_000001.bin: no document starts: none of 20,000 tokens is 299; set end_of_text to"),
+    (dict(end_of_text=256), "small.toml: end_of_text: 256 is no token id; use at most 255"),
+    (dict(val_files="{data}/s_train_*1.bin"), "val_files: s_train_000001.bin is training data too; validate on other"),
+    (dict(val_files="{folder}"), "val_files: {folder}: cannot be read: Is a directory; check its path"),
     (dict(val_files="{folder}/damaged.bin"), "val_files: {folder}/damaged.bin: wrong length"),
     (dict(log_dir="{folder}/small.toml"), "small.toml: log_dir: cannot write logs below {folder}/small.toml"),
     (dict(log_dir="{folder}/link"), "log_dir: cannot write logs below {folder}/link"),
@@ -108,7 +112,8 @@ def assert_one_line(result, fragment):
 def test_a_mistake_is_one_line(check, small_config, small_data, tmp_path, keys, words, line):
     (tmp_path / "damaged.bin").write_bytes((small_data / "s_val_000000.bin").read_bytes()[:-2])
     (tmp_path / "link").symlink_to("/nowhere")  # as where a volume is not mounted
-    keys = {key: value.format(folder=tmp_path) if isinstance(value, str) else value for key, value in keys.items()}
+    keys = {key: value.format(folder=tmp_path, data=small_data) if isinstance(value, str) else value
+            for key, value in keys.items()}
     assert_one_line(check(small_config(**keys), *words), line.format(folder=tmp_path))
 
 
