@@ -179,6 +179,34 @@ def test_a_refusal_is_one_line(fetch, hub, fault, fragments, is_first):
     assert [fragment for fragment in fragments if fragment not in error] == [] and there(hub.folder) == before, error
 
 
+def test_complete_shards_in_a_read_only_folder_need_no_lock_and_no_record(fetch, hub, monkeypatch):
+    fetch(2)
+    shutil.rmtree(hub.folder / ".cache")
+    (hub.folder / ".lock").unlink()
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    for record in (True, False):
+        record or (hub.folder / "revision.json").unlink()
+        assert fetch(2)[0] == fetch("--check")[0] == "" and there(hub.folder) == {n: hub.files[n] for n in NAMES[:3]}
+    assert "Permission denied; check space and permissions of" in fetch(3)[0]
+
+
+@pytest.mark.parametrize("name, target", [(TRAIN[0], "/unmounted/shard"), (TRAIN[0], TRAIN[0]),
+                                          ("revision.json", "revision.json")])
+def test_a_file_that_cannot_be_read_is_named_and_stays(fetch, hub, name, target):
+    """A link to a volume that is not mounted, or to itself. Nothing is fetched in its place."""
+    fetch(2)
+    (hub.folder / name).unlink()
+    (hub.folder / name).symlink_to(target)
+    hub.requests.clear()
+    for arguments in (["--check"], [2], [1]):
+        error, _ = fetch(*arguments)
+        assert f"{name}: cannot be read: " in error and "; check its path, permissions and disk" in error
+    assert (hub.folder / name).is_symlink() and hub.requests == []
+
+
 @pytest.mark.parametrize("argument, fault", [
     (5, "NUM_SHARDS is 5; use 0 (only the validation shard) to 4"), (-1, "NUM_SHARDS is -1"),
     ("--revison=x", "unrecognized arguments: --revison=x")])
@@ -244,4 +272,4 @@ def test_a_full_disk_is_one_line(start, hub):
     process = start(1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     errors = process.communicate()[1]
     assert process.returncode == 2 and "Traceback" not in errors and there(hub.folder) == {}
-    assert "File too large; check space" in errors.splitlines()[-1] and "fewer shards" in errors.splitlines()[-1]
+    assert "File too large; check space and permissions of " in errors.splitlines()[-1]
