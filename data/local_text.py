@@ -1,106 +1,139 @@
-"""Turn text files into shards of bytes for --scale tiny: python data/local_text.py [PATH ...]
+"""Turn text files into shards of bytes, or of a tokenizer's ids; data/README.md describes both."""
 
-Writes local_train_*.bin and local_val_*.bin to data/local_text. A PATH is a text file or a folder of them; with no PATH
-it takes the standard library of the running Python. data/README.md describes the tokens and the split.
-"""
-
+import argparse
+import codecs
 import hashlib
 import os
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data.shards import write_shard
+from data.shards import Shard, open_shard, reading, write_shard
 
 LOCAL_TEXT_FOLDER = Path(__file__).resolve().parent / "local_text"
-EOT_ID = 256  # end of text
-SHARD_TOKENS = 100_000_000
+EOT_ID, EOT_NAME = 256, "<|endoftext|>"  # end of text, among bytes and in a tokenizer
 # Installed packages, and the tests that some distributions ship, are not the standard library's own text.
 EXCLUDED_FOLDERS = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo __pycache__".split())
 
 
-def standard_library() -> list[Path]:
-    """Return the Python files of the running Python's standard library, without its tests."""
-    files = []
-    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
-        subfolders[:] = set(subfolders) - EXCLUDED_FOLDERS  # os.walk enters the remaining ones
-        files += [path for name in names if name.endswith(".py") and (path := Path(folder, name)).is_file()]
-    return files
-
-
-def text_files(path: Path) -> list[Path]:
-    """Return the file, or the files below the folder except hidden ones. Raises ValueError if there are none."""
-    if path.is_file():
+def find_files(path: Path, suffix: str = "", excluded: Container[str] = ()) -> list[Path]:
+    """Return the file, or those below the folder, but no hidden ones. Raises OSError if a folder cannot be read."""
+    if not path.is_dir():
         return [path]
-    files = [file for file in path.rglob("*") if file.is_file()]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if not files:
-        raise ValueError(f"{path}: no such file, or a folder without files; name text files or folders of them")
-    return files
+    children = [child for child in path.iterdir() if child.name[0] != "." and child.name not in excluded]
+    return [file for child in children if child.is_file() and child.name.endswith(suffix)
+            or child.is_dir() and not child.is_symlink() for file in find_files(child, suffix, excluded)]
 
 
-def read_documents(files: list[Path]) -> list[np.ndarray]:
-    """Return each file as tokens, (1 + bytes,) uint16, sorted by a hash of its name. Skips empty and binary files."""
-    files = sorted(set(files), key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path))
-    texts = (text for path in files if (text := path.read_bytes()) and b"\0" not in text)
-    return [np.concatenate([[EOT_ID], np.frombuffer(text, np.uint8)]).astype(np.uint16) for text in texts]
+def read_file(path: Path) -> Iterator[bytes]:
+    """Yield a file in pieces, UTF-16 with a byte order mark as UTF-8. Raises ValueError if it cannot be read."""
+    with reading(path), open(path, "rb") as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            file = codecs.EncodedFile(file, "utf-8", "utf-16", errors="replace")
+        yield from iter(lambda: file.read(2**18), b"")
 
 
-def split(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return training and validation tokens (the last tenth). A document cut in two becomes two documents."""
-    tokens = np.concatenate(documents)
-    train, val = np.split(tokens, [int(len(tokens) * 0.9)])
-    return train, val if val[0] == EOT_ID else np.insert(val, 0, EOT_ID)
+def read_documents(files: list[Path]) -> Iterator[np.ndarray]:
+    """Yield each file as id 256 and its bytes, in pieces, sorted by a hash of names; skip empty and binary files."""
+    for path in sorted(set(files), key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path)):
+        if not any(b"\0" in piece for piece in read_file(path)):
+            for number, piece in enumerate(read_file(path)):
+                yield np.append(np.uint16([] if number else [EOT_ID]), np.frombuffer(piece, np.uint8))
 
 
-def byte_frequency_loss(train: np.ndarray, val: np.ndarray) -> float:
-    """Return the loss (nats per token) on `val` of a model that knows only how often each token occurs in `train`."""
-    counts = np.bincount(train, minlength=EOT_ID + 1) + 1  # add one to each, so that no token is impossible
-    return float(-np.log(counts / counts.sum())[val].mean())
+def read_range(text: Shard, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Yield tokens of documents in pieces. A document cut in two becomes two documents."""
+    if text.read(start, 1) != EOT_ID:
+        yield np.array([EOT_ID])
+    yield from (text.read(position, min(2**18, stop - position)) for position in range(start, stop, 2**18))
 
 
-def write_shards(tokens_by_name: dict[str, np.ndarray], output: Path) -> None:
-    """Write each name's tokens as shards `<name>_<number>.bin`. Replace the old ones only when all are complete."""
+def to_texts(pieces: Iterable[np.ndarray]) -> Iterator[list[str]]:
+    """Yield the documents in each piece; its first one continues the last one of the piece before."""
+    contents = (piece.astype(np.uint8).tobytes() for piece in pieces)  # id 256 becomes a zero byte
+    return (text.split("\0") for text in codecs.iterdecode(contents, "utf-8", "replace"))
+
+
+def make_tokenizer(file: Path | None, vocab_size: int, pieces: Iterator[np.ndarray]) -> Any:
+    """Return a file's tokenizer, or one of the frequent byte pairs in the pieces; add an end of text if it has none."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    pairs = ByteLevelBPETokenizer()
+    if not file:
+        pairs.train_from_iterator(to_texts(pieces), vocab_size - 1, show_progress=False)
+    tokenizer = Tokenizer.from_file(str(file)) if file else Tokenizer.from_str(pairs.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a special token in a document is text
+    tokenizer.add_special_tokens([EOT_NAME])
+    return tokenizer
+
+
+def encode(pieces: Iterator[np.ndarray], tokenizer: Any, eot_id: int, counts: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield pieces of bytes as the tokenizer's ids, or as they are without one; add each id's number to `counts`."""
+    for piece in to_texts(pieces) if tokenizer else pieces:
+        if tokenizer:
+            first, *others = tokenizer.encode_batch_fast(piece, add_special_tokens=False)
+            piece = np.array([*first.ids, *(i for text in others for i in (eot_id, *text.ids))], np.uint16)
+        counts += np.bincount(piece, minlength=len(counts))
+        yield piece
+
+
+def make_shards(paths: list[Path], output: Path, vocab_size: int | None = None, file: Path | None = None) -> str:
+    """Replace a folder's shards by those of texts, in bytes or a tokenizer's ids. Raises ValueError or OSError."""
+    library, tokenizer, eot_id, num_ids = Path(sysconfig.get_path("stdlib")), None, EOT_ID, EOT_ID + 1
+    files = [f for path in paths for f in find_files(path)] if paths else find_files(library, ".py", EXCLUDED_FOLDERS)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output) as unfinished:
-        for name, tokens in tokens_by_name.items():
-            for number, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
-                write_shard(f"{unfinished}/{name}_{number:06d}.bin", tokens[start : start + SHARD_TOKENS])
-        new = {path.replace(output / path.name) for path in Path(unfinished).iterdir()}
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        write_shard(f"{folder}/text", read_documents(files))
+        text = open_shard(Path(folder, "text"), num_ids)
+        if (length := text.num_tokens) < 1000:
+            raise ValueError(f"the {len(files)} files hold too little text for training and validation; name more")
+        cut = int(length * 0.9)
+        if vocab_size or file:
+            tokenizer = make_tokenizer(file, vocab_size, read_range(text, 0, cut))
+            tokenizer.save(f"{folder}/local_tokenizer.json")
+            eot_id, num_ids = tokenizer.token_to_id(EOT_NAME), max(tokenizer.get_vocab().values()) + 1
+            if num_ids > 2**16:
+                raise ValueError(f"the tokenizer has {num_ids:,} ids, a shard's limit is {2**16:,}; use a smaller one")
+        train, val = np.zeros((2, num_ids), int)
+        for name, counts, start, stop in (("train", train, 0, cut), ("val", val, cut, length)):
+            tokens = encode(read_range(text, start, stop), tokenizer, eot_id, counts)
+            write_shard(f"{folder}/local_{name}_000000.bin", tokens)
+        new = {path.replace(output / path.name) for path in Path(folder).glob("local_*")}
     for old in set(output.glob("local_*.bin")) - new:
-        old.unlink(missing_ok=True)
-
-
-def make_shards(paths: list[Path], output: Path) -> str:
-    """Turn the texts into shards in a folder; return a description. Raises ValueError if there is too little text."""
-    files = [file for path in paths for file in text_files(path)] if paths else standard_library()
-    documents = read_documents(files)
-    if sum(map(len, documents)) < 1000:
-        raise ValueError(f"the {len(files)} files hold too little text for training and validation shards; name more")
-    train, val = split(documents)
-    write_shards({"local_train": train, "local_val": val}, output)
+        old.unlink()
+    loss, rate = -val @ np.log((train + 1) / (train + 1).sum()) / val.sum(), (length - cut) / val.sum()
     source = ", ".join(map(str, paths)) or f"the standard library of Python {sys.version.split()[0]}"
-    sizes = f"{len(train):,} training and {len(val):,} validation tokens"
-    return (f"{output}: {len(documents):,} documents from {source}: {sizes}\n"
-            f"a model that knows only byte frequencies has validation loss {byte_frequency_loss(train, val):.4f}")
+    return (f"{output}: {train[eot_id] + val[eot_id]:,} documents in {len(files)} files from {source}: {train.sum():,} "
+            f"training and {val.sum():,} validation tokens of {rate:.3f} bytes\na model that knows only "
+            f"{'token' if tokenizer else 'byte'} frequencies has validation loss {loss:.4f}, {loss / rate:.4f} a byte\n"
+            f"set vocab_size = {num_ids}" + f", end_of_text = {eot_id}" * (eot_id < num_ids - 1))
 
 
 def main(arguments: list[str]) -> None:
     """Run the command; exit with status 2 and one line if it fails."""
-    if any(argument.startswith("-") for argument in arguments):
-        print(__doc__)
-        sys.exit(0 if {"-h", "--help"} & set(arguments) else 2)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.error = lambda message: parser.exit(2, f"local_text.py: {message}; see --help\n")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="default: Python's standard library")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--vocab_size", type=int, metavar="N", help="make a tokenizer of N ids from the training text")
+    kind.add_argument("--tokenizer", type=Path, metavar="FILE.json", help="use a file of the `tokenizers` library")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: data/local_text or data/local_text_bpe")
+    options = parser.parse_args(arguments)
+    default = LOCAL_TEXT_FOLDER.with_name("local_text_bpe" if options.vocab_size or options.tokenizer else "local_text")
     try:
-        print(make_shards(list(map(Path, arguments)), LOCAL_TEXT_FOLDER))
-    except (ValueError, OSError) as error:
-        print(f"local_text.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(make_shards(options.paths, options.output or default, options.vocab_size, options.tokenizer))
+    except (Exception, KeyboardInterrupt) as error:  # the tokenizers library raises plain Exceptions
+        place = f"{options.tokenizer}: not a tokenizer: " if type(error) is Exception else ""
+        fix = f"; {sys.executable} -m pip install tokenizers" if isinstance(error, ImportError) else ""
+        parser.exit(2, f"local_text.py: {place}{str(error) or type(error).__name__}{fix}\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """data/local_text.py: text files become shards of bytes."""
 
-import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from data import local_text
 from data.shards import open_shards
@@ -44,36 +48,106 @@ def test_a_single_file_is_cut_in_two(tmp_path):
     assert first[0] == second[0] == EOT and first[1:] + second[1:] == text.decode("latin-1")
 
 
-def test_new_text_replaces_the_old_shards(texts, tmp_path, monkeypatch):
-    """1081 training tokens are two shards."""
-    monkeypatch.setattr(local_text, "SHARD_TOKENS", 1000)
+def test_new_text_replaces_the_old_shards_and_nothing_else(texts, tmp_path):
+    for name in ("local_train_000001.bin", "notes.txt", "local_plan.txt"):
+        (tmp_path / name).touch()
     make(texts, tmp_path)
-    many = sorted(path.name for path in tmp_path.glob("local_train_*.bin"))
-    (tmp_path / "short.txt").write_text("short " * 200)
-    make(tmp_path / "short.txt", tmp_path)
-    names = ["local_train_000000.bin", "local_train_000001.bin"]
-    assert sorted(path.name for path in tmp_path.glob("local_*.bin")) == [*names, "local_val_000000.bin"]
-    assert many[:2] == names and len(many) > 3
+    kept = ["local_plan.txt", "local_train_000000.bin", "local_val_000000.bin", "notes.txt", "texts"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
-def test_byte_frequency_loss_of_a_known_distribution():
-    loss = local_text.byte_frequency_loss(np.repeat(np.arange(256), 10_000), np.arange(256))
-    assert loss == pytest.approx(math.log(256), abs=1e-3)
+def test_utf_16_is_read_as_its_utf_8(texts, tmp_path):
+    expected = make(texts, tmp_path / "a")
+    for number, (path, kind) in enumerate(zip(sorted(texts.rglob("*.txt")), 7 * ["utf-16", "utf-16-le", "utf-16-be"])):
+        mark = "" if kind == "utf-16" else "\ufeff"
+        path.write_bytes((mark + path.read_text("utf-8")).encode(kind))
+    assert make(texts, tmp_path / "b") == expected
 
 
-@pytest.mark.parametrize("name, fault", [
-    ("short", "too little text"), ("nowhere", "no such file, or a folder without files")])
-def test_a_mistake_is_one_line(tmp_path, capsys, name, fault):
-    (tmp_path / "short").touch()
+@pytest.mark.parametrize("arguments", [["--vocab_size=300"], ["--tokenizer=own.json"]])
+def test_byte_pairs_hold_the_same_text_and_the_loss_compares_with_that_of_bytes(texts, tmp_path, monkeypatch, capsys,
+                                                                                arguments):
+    """Of both parts, with the documents at the same places. A tokenizer's special tokens and limits do not count."""
+    tokenizers = pytest.importorskip("tokenizers")
+    (texts / "special.txt").write_text("a literal <|endoftext|> and <unk> " * 100)
+    characters = make(texts, tmp_path / "bytes")
+    own = tokenizers.ByteLevelBPETokenizer()
+    own.train_from_iterator(["number" * 9], 270, special_tokens=["<unk>", "<|endoftext|>"])
+    own.enable_truncation(5)
+    own.enable_padding(length=50)
+    monkeypatch.chdir(tmp_path)
+    own.save("own.json")
+    monkeypatch.setattr(local_text, "LOCAL_TEXT_FOLDER", tmp_path / "local_text")
+    local_text.main([*arguments, "texts"])
+    *_, summary, keys = capsys.readouterr().out.splitlines()
+    folder = tmp_path / "local_text_bpe"
+    tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/local_tokenizer.json")
+    eot_id = tokenizer.token_to_id("<|endoftext|>")
+    assert (eot_id, keys) == ((299, "set vocab_size = 300") if "--v" in arguments[0] else
+                              (1, f"set vocab_size = {tokenizer.get_vocab_size()}, end_of_text = 1"))
+    ids = [open_shards(f"{folder}/local_{kind}_*.bin")[0] for kind in ("train", "val")]
+    ids = [shard.read(0, shard.num_tokens) for shard in ids]
+    decoded = ["".join(EOT + tokenizer.decode(part[1:], skip_special_tokens=False)
+                       for part in np.split(each, np.flatnonzero(each == eot_id))[1:]) for each in ids]
+    assert [text.replace(EOT, "\0").encode() for text in decoded] == [
+        text.replace(EOT, "\0").encode("latin-1") for text in characters]
+    loss, per_byte = map(float, re.fullmatch(r"a model that knows only token frequencies has validation loss (.*), "
+                                             "(.*) a byte", summary).groups())
+    p = (np.bincount(ids[0], minlength=tokenizer.get_vocab_size()) + 1.0)
+    assert loss == pytest.approx(-np.log(p / p.sum())[ids[1]].mean(), abs=1e-4)
+    assert per_byte == pytest.approx(loss * len(ids[1]) / len(characters[1]), rel=0.01)
+
+
+@pytest.mark.slow
+def test_text_streams(tmp_path):
+    """64 MB in one file take less than 30 MB more than nothing."""
+    peak = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
+    code = f"import sys; from pathlib import Path; from data.local_text import make_shards; {{}}; {peak}"
+    (tmp_path / "big.txt").write_bytes(b"The same words again.\n" * 3_000_000)
+    call = f"make_shards([Path('{tmp_path}/big.txt')], Path('{tmp_path}'))"
+    nothing, megabytes = (int(subprocess.check_output([sys.executable, "-c", code.format(action)], cwd=ROOT))
+                          for action in ("0", call))
+    assert megabytes < nothing + 30
+
+
+@pytest.mark.parametrize("arguments, fault", [
+    (["short"], "too little text"), (["nowhere"], "nowhere: cannot be read: No such file or directory; check its path"),
+    (["loop"], "loop: cannot be read: Too many levels"), (["book", "--vocab_size=300"], "-m pip install tokenizers"),
+    (["book", "--vocab_size=x"], "argument --vocab_size: invalid int value: 'x'; see --help"),
+    (["book", "--vocab_size=300", "--tokenizer=x"], "not allowed with")])
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, fault):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    Path("short").touch()
+    Path("loop").symlink_to("loop")
+    Path("book").write_text("words " * 1000)
     with pytest.raises(SystemExit, match="2"):
-        local_text.main([str(tmp_path / name)])
+        local_text.main([*arguments, "--output=out"])
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("local_text.py: ") and fault in error
+    assert not Path("out").exists() or list(Path("out").iterdir()) == []
+
+
+@pytest.mark.parametrize("content, fault", [
+    ("{}", "own.json: not a tokenizer: "), (None, "own.json: not a tokenizer: No such file"),
+    ("big", "the tokenizer has 70,001 ids, a shard's limit is 65,536; use a smaller one")])
+def test_a_wrong_tokenizer_is_one_line(tmp_path, monkeypatch, capsys, content, fault):
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    Path("book").write_text("words " * 1000)
+    if content == "big":
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(70_000)}, "0")).save("own.json")
+    elif content:
+        Path("own.json").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        local_text.main(["book", "--output=out", "--tokenizer=own.json"])
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("local_text.py: ") and fault in error and list(Path("out").iterdir()) == []
 
 
 def test_the_standard_library_is_taken_without_packages_and_tests(tmp_path, monkeypatch):
     for name in ("os.py", "json/tool.py", "site-packages/numpy/version.py", "test/test_os.py", "json/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text(f"# {name}\n" * 100)
     monkeypatch.setattr(local_text.sysconfig, "get_path", {"stdlib": str(tmp_path)}.get)
-    assert {path.name for path in local_text.standard_library()} == {"os.py", "tool.py"}
+    assert "3 documents in 2 files from the standard library of Python" in local_text.make_shards([], tmp_path / "out")
