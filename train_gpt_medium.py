@@ -756,9 +756,7 @@ def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, 
     torch._dynamo.on_compile_end(partial(trainer.report_compiled, log, time.monotonic()))
     step_s, validation_s = trainer.warm_up()
     if step_s:
-        every = hp.val_loss_every or hp.num_iterations
-        validations = 1 + sum(s % every == 0 for s in range(step, hp.num_iterations))
-        log.line(summary.estimate(hp.num_iterations - step, step_s, validations, validation_s))
+        log.line(summary.estimate(range(step, hp.num_iterations), hp.val_loss_every, step_s, validation_s))
     if state is not None:
         checkpoint.restore(state, trainer.model, *trainer.optimizers)
         state.clear()  # the memory-mapped file would keep its place on the disk until the end of the run

@@ -83,11 +83,11 @@ class Family:
     """
 
     def __init__(self, samples: dict[str, np.ndarray], baseline: str, seeds: dict[str, list[int | None]] = {}):
-        samples, self.is_paired = (remove_seed_effects(samples, seeds), True) if is_balanced(samples, seeds) else (
-            samples, False)
+        self.is_paired, self.dof = is_balanced(samples, seeds), sum(len(sample) - 1 for sample in samples.values())
+        if self.is_paired:
+            samples = remove_seed_effects(samples, seeds)
+            self.dof -= len(next(iter(samples.values()))) - 1
         self.samples = samples
-        self.dof = sum(len(sample) - 1 for sample in samples.values())
-        self.dof -= self.is_paired * (len(next(iter(samples.values()))) - 1)
         squares = sum(np.var(sample) * len(sample) for sample in samples.values())
         largest = max((abs(sample).max() for sample in samples.values()), default=0)
         self.deviation = math.sqrt(squares / self.dof) if squares > (1e-12 * largest) ** 2 else None

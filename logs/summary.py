@@ -9,13 +9,14 @@ from logs.log_format import ROOT, parse_step_lines
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def estimate(num_steps: int, step_s: float, num_validations: int, validation_s: float) -> str:
+def estimate(steps: range, val_loss_every: int, step_s: float, validation_s: float) -> str:
     """Return the log's line on how long training and validations will take, from their seconds in the warm-up.
 
     A later step takes longer on a GPU, because the window grows.
     """
-    minutes = (num_steps * step_s + num_validations * validation_s) / 60
-    return (f"estimate: at least {minutes:.0f} min, for {num_steps} steps of {1000 * step_s:.0f} ms and "
+    num_validations = 1 + sum(step % val_loss_every == 0 for step in steps if val_loss_every)
+    minutes = (len(steps) * step_s + num_validations * validation_s) / 60
+    return (f"estimate: at least {minutes:.0f} min, for {len(steps)} steps of {1000 * step_s:.0f} ms and "
             f"{num_validations} validations of {validation_s:.1f} s")
 
 

@@ -87,6 +87,7 @@ def run_main(process_group):
             patch.setattr(dist, "destroy_process_group", lambda: None)
             patch.setattr(distributed, "find_device", lambda: torch.device("cpu"))
             patch.setattr(os, "_exit", sys.exit)
+            patch.setattr(torch._dynamo.callback_handler, "end_callbacks", [])  # they would keep the log open
             try:
                 return train.main([str(argument) for argument in arguments])
             except SystemExit as end:

@@ -6,9 +6,11 @@ from logs import summary
 from logs.log_format import format_step_line
 
 
-def test_an_estimate_counts_steps_and_validations():
-    assert summary.estimate(600, 0.2, 3, 20) == (
-        "estimate: at least 3 min, for 600 steps of 200 ms and 3 validations of 20.0 s")
+@pytest.mark.parametrize("steps, every, validations", [
+    (range(600), 300, 3), (range(600), 0, 1), (range(601, 1201), 1200, 2), (range(601, 1201), 300, 3)])
+def test_an_estimate_counts_steps_and_validations(steps, every, validations):
+    assert summary.estimate(steps, every, 0.2, 20) == (f"estimate: at least {2 + validations / 3:.0f} min, for 600 "
+                                                       f"steps of 200 ms and {validations} validations of 20.0 s")
 
 
 @pytest.mark.parametrize("losses, bars", [([2, 1], "█▁"), ([3], "▁"), ([2, 2], "▁▁"), ([8, 4, 1], "█▄▁")])
@@ -37,5 +39,6 @@ def test_the_end_shows_the_curve_the_known_loss_and_the_next_command(tmp_path, m
 
 
 def test_no_parser_of_speedrun_logs_reads_these_lines(tmp_path):
-    text = f"{summary.estimate(1, 1, 1, 1)}\n{summary.describe_end(write_log(tmp_path / 'a/0.txt', 9, 5), '', 10)}"
+    log = write_log(tmp_path / "a/0.txt", 9, 5)
+    text = f"{summary.estimate(range(1), 1, 1, 1)}\n{summary.describe_end(log, '', 10)}"
     assert "val_loss:" not in text and "step:" not in text and "step_avg" not in text
