@@ -174,10 +174,11 @@ class Queue:
         threads = {"OMP_NUM_THREADS": str(e.devices // ranks)} if e.device_kind == "CPU cores" else {}
         environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"} | threads | os.environ  # seconds for a checkpoint
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--max-restarts=0",
-                   "--local-addr=127.0.0.1", f"--nproc_per_node={ranks}", PROGRAM, e.config, *overrides,
-                   f"--run_id={int(log.stem)}"]
-        # nohup ignores SIGHUP, with which `watch` stops the run.
-        prepare = (lambda: (signal.signal(signal.SIGHUP, signal.SIG_DFL), run_log.end_with_parent(signal.SIGTERM)))
+                   "--local-addr=127.0.0.1", "--signals-to-handle=SIGINT,SIGHUP", f"--nproc_per_node={ranks}", PROGRAM,
+                   e.config, *overrides, f"--run_id={int(log.stem)}"]
+        # Slurm and systemd send all processes SIGTERM, and a third signal ends torchrun: it heeds only that of `watch`.
+        prepare = (lambda: (signal.signal(signal.SIGTERM, signal.SIG_IGN), run_log.end_with_parent(signal.SIGHUP),
+                            signal.signal(signal.SIGHUP, signal.SIG_DFL)))  # which nohup ignores
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0,
                               start_new_session=True, preexec_fn=prepare, pass_fds=[self.file]) as run:
             complaint, status = self.watch(run)
@@ -196,8 +197,6 @@ class Queue:
             if self.signals and not is_stopping:
                 is_stopping, number = True, signal.Signals(self.signals[0])
                 say(f"run.sh: {number.name}: stopping after this step or validation; Ctrl-C stops it now", "stderr")
-                # Not SIGTERM: torchrun sends its ranks that when the queue is killed next, and the second signal of one
-                # kind ends a rank without a checkpoint.
                 run.send_signal(signal.SIGHUP if number == signal.SIGTERM else number)
             if signal.SIGINT in self.signals[1:]:
                 run.kill()

@@ -31,6 +31,7 @@ def start_process_group() -> None:
     store, rank, world_size = dist.HashStore(), 0, 1
     if dist.is_torchelastic_launched():
         end_with_parent(signal.SIGKILL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the queue's torchrun ignores it
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # If torchrun died before the line above, its store is gone, and init_process_group would wait for it.
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
@@ -102,7 +103,7 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Tell every rank, at the same step, that some rank has received a signal; the same one again exits at once."""
+    """Tell every rank, at the same step, that some rank has received a signal; a second Ctrl-C exits at once."""
 
     def __init__(self, log: RunLog):
         self.log, self.signal, self.received_at = log, 0, 0.0
@@ -112,8 +113,8 @@ class StopFlag:
                 signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        # Before the first step, or again; sooner, it is the same event: Slurm signals every process, torchrun forwards.
-        if self.sent is None or number == self.signal and time.monotonic() > self.received_at + 3:
+        # Within 3 s it is the same Ctrl-C, forwarded. Slurm repeats SIGTERM at the time limit, amid a checkpoint.
+        if self.sent is None or number == self.signal == signal.SIGINT and time.monotonic() > self.received_at + 3:
             with suppress(Exception):  # RuntimeError if the signal interrupted a write to the log
                 self.log.end(f"ended at once by {signal.Signals(number).name}")
             os._exit(128 + number)

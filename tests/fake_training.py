@@ -89,7 +89,7 @@ def train(launcher, config, *options):
 def wait_for_a_signal():
     """Return a moment after the first signal, once ./keep is gone; each signal is a line of ./signals."""
     stopped = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: (stopped.append(number), write("signals", signal.Signals(number).name)))
     write("waiting", "")
     while not stopped or os.path.exists("keep"):

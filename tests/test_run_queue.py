@@ -141,7 +141,7 @@ def test_ranks_share_the_cores_and_have_time_for_a_checkpoint(folder, monkeypatc
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     assert f"2 of 8 {kind}" in run(folder, one={}).out and [started(folder, name)[0] for name in names] == expected
     assert started(folder, "launcher") == [["--standalone", "--nnodes=1", "--max-restarts=0", "--local-addr=127.0.0.1",
-                                            "--nproc_per_node=2"]]
+                                            "--signals-to-handle=SIGINT,SIGHUP", "--nproc_per_node=2"]]
 
 
 @pytest.mark.parametrize("arguments, logs", [
@@ -227,6 +227,7 @@ def test_missing_data_is_fetched_once_unless_other_data_cannot_be(folder, comman
 def test_a_signal_for_all_processes_reaches_the_run_once_and_a_second_ctrl_c_ends_at_once(folder, ignored, sent, end):
     (folder / "keep").touch()  # so that the run does not end by the first signal
     process = start_waiting(folder, ignored=ignored)
+    os.killpg(started(folder, "pid")[0], signal.SIGTERM)  # Slurm sends it to torchrun too
     for number in sent:
         os.killpg(process.pid, number)
         if number not in ignored:
@@ -260,9 +261,8 @@ def test_a_second_queue_is_refused_with_the_process_of_the_first_unless_it_canno
     assert len(started(folder)) == 1
 
 
-@pytest.mark.parametrize("is_asked_first, signals", [(False, "SIGTERM\n"), (True, "SIGHUP\nSIGTERM\n")])
+@pytest.mark.parametrize("is_asked_first, signals", [(False, "SIGHUP\n"), (True, "SIGHUP\nSIGHUP\n")])
 def test_the_next_queue_waits_until_the_run_of_a_killed_one_has_stopped(folder, is_asked_first, signals):
-    """No signal comes twice: the second of one kind ends a rank at once."""
     (folder / "keep").touch()
     process = start_waiting(folder)
     if is_asked_first:
