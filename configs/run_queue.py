@@ -100,28 +100,42 @@ def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_ch
     return experiments
 
 
+def lock(path: Path, operation: int) -> int:
+    """Lock a queue's file and return its descriptor, after the run of a killed queue. Raises ValueError for another."""
+    with error_context("cannot keep the queue's state; make its file writable"):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    for attempt in itertools.takewhile(lambda _: status.is_locked(file, operation), itertools.count()):
+        state = status.read_state(path)
+        pid, then, now = state.get("pid"), state.get("identity", []), status.identify(state.get("pid", 0))
+        is_here = len(then) == 3 and then[:2] == now[:2]  # else, `pid` is another process in this container
+        if pid and (then == now or not is_here):
+            where, fix = ("", f": kill {pid}") if is_here else (" of another container or boot", " there")
+            raise ValueError(f"process {pid}{where} is already running a queue on {path.stem[len('.queue.'):]}, since "
+                             f"{state.get('started')}; wait until it ends (./run.sh status), or stop it{fix}")
+        if attempt == 10:  # a killed queue leaves the lock to its run's torchrun, which is stopping
+            say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
+        time.sleep(0.1)
+    return file
+
+
 class Queue:
     """Train runs one after the other. The first signal stops the queue and its run; a later Ctrl-C kills the run."""
 
     def __init__(self, notify: list[str]):
-        """Become the only queue of this machine and checkout. Raises ValueError if there is one."""
+        """Become the only queue of this checkout on these GPUs. Raises ValueError if another one uses any of them."""
         self.notify_words, self.state, self.signals, self.stopped = notify, {}, [], ""
-        path = status.FOLDER / f".queue.{os.uname().nodename}.json"
         self.outcomes: dict[Path, str] = {}  # log -> why its run failed or diverged, "" if it finished
-        with error_context("cannot keep the queue's state; make its file writable"):
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        for attempt in itertools.takewhile(lambda _: status.is_locked(self.file, fcntl.LOCK_EX), itertools.count()):
-            state = status.read_state(path)
-            pid, then, now = state.get("pid"), state.get("identity", []), status.identify(state.get("pid", 0))
-            is_here = len(then) == 3 and then[:2] == now[:2]  # else, `pid` is another process in this container
-            if pid and (then == now or not is_here):
-                where, fix = ("", f": kill {pid}") if is_here else (" of another container or boot", " there")
-                raise ValueError(f"process {pid}{where} is already running a queue, since {state.get('started')}; wait "
-                                 f"until it ends (./run.sh status), or stop it{fix}")
-            if attempt == 10:  # a killed queue leaves the lock to its run's torchrun, which is stopping
-                say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
-            time.sleep(0.1)
-        self.write_state(pid=os.getpid(), identity=status.identify(os.getpid()), started=run_log.here_and_now())
+        # Slurm can number the GPUs of each job from 0. No numbers: all GPUs.
+        gpus = [os.environ.get(name, "").split(",") for name in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")]
+        host, names = os.uname().nodename, "".join(f".gpu{','.join(numbers)}" for numbers in gpus if numbers != [""])
+        path = status.FOLDER / f".queue.{host}{names.replace('/', '-')[:150]}.json"
+        self.file = lock(path, fcntl.LOCK_EX)
+        self.write_state(pid=os.getpid(), identity=status.identify(os.getpid()), started=run_log.here_and_now(),
+                         gpus=gpus)
+        for other in set(status.FOLDER.glob(f".queue.{host}.*json")) - {path}:
+            theirs = status.read_state(other).get("gpus")  # if not written yet, that queue will find this one
+            if theirs and all("" in a + b or set(a) & set(b) for a, b in zip(gpus, theirs)):
+                os.close(lock(other, fcntl.LOCK_SH))
 
     def write_state(self, **changes: Any) -> None:
         """Change the state that `./run.sh status` reads. A full disk does not stop the queue."""

@@ -1,6 +1,6 @@
 """Print what the queues of this checkout do: `./run.sh status [FOLDER]`, in 60 columns. Needs no package.
 
-A queue holds a lock on logs/.queue.<host>.json while it runs. The file has one line of JSON, the queue's state.
+A queue holds a lock on logs/.queue.<host>[.gpu<numbers>].json while it runs. The file has one line of JSON, its state.
 """
 
 import fcntl

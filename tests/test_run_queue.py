@@ -18,12 +18,15 @@ FAKE = ROOT / "tests" / "fake_training.py"
 SAVED = "with a checkpoint"
 RERUN = "; rerun the command to resume or start the remaining runs"
 STATUS = " (./run.sh status says why)"
+GPUS = "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"
 MAKE_SHARD = ["-c", "open('shard', 'x')"]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A checkout with a space in its name. Its `torch` holds only a launcher, so the queue cannot import PyTorch."""
+    for variable in GPUS:
+        monkeypatch.delenv(variable, raising=False)
     folder = tmp_path / "a folder"
     files = {path.relative_to(ROOT): path for part in ("configs", "data", "logs") for path in ROOT.glob(f"{part}/*.py")}
     files |= {"torch/__init__.py": os.devnull, "torch/distributed/__init__.py": os.devnull}
@@ -247,18 +250,33 @@ def test_a_second_queue_is_refused_with_the_process_of_the_first_unless_it_canno
     state = json.loads(path.read_text())
     (boot, namespace, ticks), since = state["identity"], state["started"]
     assert state == dict(pid=process.pid, run=1, runs=2, log=f"{folder}/logs/one/000.txt", mean_s=0,
-                         identity=[boot, namespace, ticks], started=since)
+                         identity=[boot, namespace, ticks], started=since, gpus=[[""], [""]])
     for identity, who, fix in (([boot, namespace, ticks], "", f": kill {process.pid}"),
                                ([boot, "pid:[1]", ticks], " of another container or boot", " there")):
         path.write_text(json.dumps(state | dict(identity=identity)))
         second = run(folder, "one.toml")
         assert (second.status, second.out, second.err) == (
-            2, "", f"run.sh: process {process.pid}{who} is already running a queue, since {since}; wait until it ends "
-            f"(./run.sh status), or stop it{fix}\n")
+            2, "", f"run.sh: process {process.pid}{who} is already running a queue on {os.uname().nodename}, since "
+            f"{since}; wait until it ends (./run.sh status), or stop it{fix}\n")
     assert run(folder, "one.toml", "--check").status == 0 and run(folder, "--help").out == "the keys\n"
     process.terminate()
     finish(process)
     assert len(started(folder)) == 1
+
+
+@pytest.mark.parametrize("first, second, name", [
+    ([None, "0,1"], [None, "2"], None), ([None, "0,1"], [None, "1,2"], ".gpu0,1"), ([None, "1"], [None, None], ".gpu1"),
+    (["3", "0"], ["4", "0"], None), (["3,4", "3"], ["3,4", "4"], None), (["3", None], ["3", "3"], ".gpu3"),
+])
+def test_queues_run_side_by_side_on_different_gpus(folder, first, second, name):
+    """The queues' GPUS, and the first's name if they overlap."""
+    first, second = ({n: v for n, v in zip(GPUS, numbers) if v} for numbers in (first, second))
+    process = start_waiting(folder, options=dict(env=os.environ | first))
+    result = finish(start(folder, "two.toml", options=dict(env=os.environ | second)))
+    assert result.status == (0 if name is None else 2) and len(started(folder)) == 1 + (name is None)
+    assert result.err == "" if name is None else f"a queue on {os.uname().nodename}{name}, since" in result.err
+    process.terminate()
+    finish(process)
 
 
 @pytest.mark.parametrize("is_asked_first, signals", [(False, "SIGHUP\n"), (True, "SIGHUP\nSIGHUP\n")])
