@@ -40,12 +40,13 @@ def read_file(path: Path) -> Iterator[bytes]:
         yield from iter(lambda: file.read(2**18), b"")
 
 
-def read_documents(files: list[Path]) -> Iterator[np.ndarray]:
-    """Yield each file as id 256 and its bytes, in pieces, sorted by a hash of names; skip empty and binary files."""
+def read_documents(files: list[Path], skipped: list[Path]) -> Iterator[np.ndarray]:
+    """Yield files as id 256 and their bytes, in pieces, in the order of hashed names; add binary ones to `skipped`."""
     for path in sorted(set(files), key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path)):
-        if not any(b"\0" in piece for piece in read_file(path)):
-            for number, piece in enumerate(read_file(path)):
-                yield np.append(np.uint16([] if number else [EOT_ID]), np.frombuffer(piece, np.uint8))
+        if any(b"\0" in piece for piece in read_file(path)):
+            skipped.append(path)
+        for number, piece in enumerate(() if path in skipped else read_file(path)):
+            yield np.append(np.uint16([] if number else [EOT_ID]), np.frombuffer(piece, np.uint8))
 
 
 def read_range(text: Shard, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -87,11 +88,11 @@ def encode(pieces: Iterator[np.ndarray], tokenizer: Any, eot_id: int, counts: np
 
 def make_shards(paths: list[Path], output: Path, vocab_size: int | None = None, file: Path | None = None) -> str:
     """Replace a folder's shards by those of texts, in bytes or a tokenizer's ids. Raises ValueError or OSError."""
-    library, tokenizer, eot_id, num_ids = Path(sysconfig.get_path("stdlib")), None, EOT_ID, EOT_ID + 1
+    library, skipped, tokenizer, eot_id, num_ids = Path(sysconfig.get_path("stdlib")), [], None, EOT_ID, EOT_ID + 1
     files = [f for path in paths for f in find_files(path)] if paths else find_files(library, ".py", EXCLUDED_FOLDERS)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        write_shard(f"{folder}/text", read_documents(files))
+        write_shard(f"{folder}/text", read_documents(files, skipped))
         text = open_shard(Path(folder, "text"), num_ids)
         if (length := text.num_tokens) < 1000:
             raise ValueError(f"the {len(files)} files hold too little text for training and validation; name more")
@@ -103,15 +104,14 @@ def make_shards(paths: list[Path], output: Path, vocab_size: int | None = None, 
             if num_ids > 2**16:
                 raise ValueError(f"the tokenizer has {num_ids:,} ids, a shard's limit is {2**16:,}; use a smaller one")
         train, val = np.zeros((2, num_ids), int)
-        for name, counts, start, stop in (("train", train, 0, cut), ("val", val, cut, length)):
-            tokens = encode(read_range(text, start, stop), tokenizer, eot_id, counts)
-            write_shard(f"{folder}/local_{name}_000000.bin", tokens)
+        for name, counts, part in (("train", train, (0, cut)), ("val", val, (cut, length))):
+            write_shard(f"{folder}/local_{name}_000000.bin", encode(read_range(text, *part), tokenizer, eot_id, counts))
         new = {path.replace(output / path.name) for path in Path(folder).glob("local_*")}
     for old in set(output.glob("local_*.bin")) - new:
         old.unlink()
     loss, rate = -val @ np.log((train + 1) / (train + 1).sum()) / val.sum(), (length - cut) / val.sum()
-    source = ", ".join(map(str, paths)) or f"the standard library of Python {sys.version.split()[0]}"
-    return (f"{output}: {train[eot_id] + val[eot_id]:,} documents in {len(files)} files from {source}: {train.sum():,} "
+    return (f"{output}: {train[eot_id] + val[eot_id]:,} documents from {', '.join(map(str, paths)) or library}; "
+            f"skipped {len(skipped)} binary files{''.join(f', as {path}' for path in skipped[:1])}\n{train.sum():,} "
             f"training and {val.sum():,} validation tokens of {rate:.3f} bytes\na model that knows only "
             f"{'token' if tokenizer else 'byte'} frequencies has validation loss {loss:.4f}, {loss / rate:.4f} a byte\n"
             f"set vocab_size = {num_ids}" + f", end_of_text = {eot_id}" * (eot_id < num_ids - 1))

@@ -10,8 +10,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from golden import golden_weights
-from helpers import ROOT
+from helpers import ROOT, model_on_meta
 
 import train_gpt_medium as train
 from data import loader
@@ -131,23 +130,12 @@ def test_a_shard_where_no_document_starts_is_named_with_the_key(tmp_path, length
     assert not isinstance(raised.value, MissingShardsError)
 
 
-def test_documents_start_at_the_key_end_of_text():
-    """Under swapped ids, with swapped rows, the model computes the same loss; its default is the last id."""
-    def loss(tokens, swap, **keys):
-        torch.manual_seed(0)
-        model = train.GPT(train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=250, train_seq_len=256,
-                                                val_seq_len=256, seed=0, value_embeddings=[[0, 13]], **keys))
-        model.load_state_dict(golden_weights([[0, 13]], 128, 250))
-        for w in (model.embed.weight, model.value_embeds[0].weight, model.lm_head_w):
-            w.data[[3, 249]] = w.data[[249, 3] if swap else [3, 249]]
-        return model(tokens[:-1].int(), tokens[1:], torch.tensor(2, dtype=torch.int32)).item()
-    tokens = torch.randint(0, 250, (257,), generator=torch.Generator().manual_seed(0))
-    swapped = torch.where(tokens == 3, 249, torch.where(tokens == 249, 3, tokens))
-    assert loss(tokens, False) == loss(tokens, False, end_of_text=249) == pytest.approx(
-        loss(swapped, True, end_of_text=3), abs=1e-5) != pytest.approx(loss(swapped, True), abs=1e-3)
-    table = train.BigramTable(train.Hyperparameters(end_of_text=3), heads=1, rows=10)
-    table.weight.data[:, 0] = torch.arange(10)
-    assert table(torch.tensor([5, 3, 5]), None)[:, 0].tolist() == [9, 9, ((36313 * 5) ^ (27191 * 3)) % 9]
+@pytest.mark.parametrize("keys, eot_id", [({}, 249), ({"end_of_text": 0}, 0)])
+def test_documents_start_at_the_key_end_of_text(keys, eot_id):
+    """In masks and in bigram tables; by default at the last id."""
+    model = model_on_meta(train.Hyperparameters(num_heads=1, model_dim=128, vocab_size=250, value_embeddings=[
+        {"layers": [1], "source": "bigram"}], **keys))
+    assert model.eot_id == model.value_embeds[0].eot_id == eot_id
 
 
 _, TWO, THREE, _ = NAMES = [*(f"fineweb_train_00000{number}.bin" for number in (1, 2, 3)), "fineweb_val_000000.bin"]

@@ -56,12 +56,14 @@ def test_new_text_replaces_the_old_shards_and_nothing_else(texts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
-def test_utf_16_is_read_as_its_utf_8(texts, tmp_path):
+def test_utf_16_is_read_as_its_utf_8_and_named_without_a_byte_order_mark(texts, tmp_path):
     expected = make(texts, tmp_path / "a")
-    for number, (path, kind) in enumerate(zip(sorted(texts.rglob("*.txt")), 7 * ["utf-16", "utf-16-le", "utf-16-be"])):
+    for path, kind in zip(sorted(texts.rglob("*.txt")), 7 * ["utf-16", "utf-16-le", "utf-16-be"]):
         mark = "" if kind == "utf-16" else "\ufeff"
         path.write_bytes((mark + path.read_text("utf-8")).encode(kind))
+    (texts / "unmarked").write_text("words", "utf-16-le")
     assert make(texts, tmp_path / "b") == expected
+    assert f"; skipped 1 binary files, as {texts}/unmarked\n" in local_text.make_shards([texts], tmp_path / "b")
 
 
 @pytest.mark.parametrize("arguments", [["--vocab_size=300"], ["--tokenizer=own.json"]])
@@ -150,4 +152,4 @@ def test_the_standard_library_is_taken_without_packages_and_tests(tmp_path, monk
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n" * 100)
     monkeypatch.setattr(local_text.sysconfig, "get_path", {"stdlib": str(tmp_path)}.get)
-    assert "3 documents in 2 files from the standard library of Python" in local_text.make_shards([], tmp_path / "out")
+    assert f"3 documents from {tmp_path}; skipped 0 binary files\n" in local_text.make_shards([], tmp_path / "out")
