@@ -273,10 +273,10 @@ def test_queues_run_side_by_side_on_different_gpus(folder, first, second, name):
     first, second = ({n: v for n, v in zip(GPUS, numbers) if v} for numbers in (first, second))
     process = start_waiting(folder, options=dict(env=os.environ | first))
     result = finish(start(folder, "two.toml", options=dict(env=os.environ | second)))
-    assert result.status == (0 if name is None else 2) and len(started(folder)) == 1 + (name is None)
-    assert result.err == "" if name is None else f"a queue on {os.uname().nodename}{name}, since" in result.err
     process.terminate()
     finish(process)
+    assert result.status == (0 if name is None else 2) and len(started(folder)) == 1 + (name is None)
+    assert result.err == "" if name is None else f"a queue on {os.uname().nodename}{name}, since" in result.err
 
 
 @pytest.mark.parametrize("is_asked_first, signals", [(False, "SIGHUP\n"), (True, "SIGHUP\nSIGHUP\n")])
