@@ -190,7 +190,7 @@ def check_streams(config: Path, vocab_size: int, end_of_text: int, train_files: 
     Raises MissingShardsError, with the command that fetches the data if there is one, or ValueError.
     """
     if end_of_text >= vocab_size:
-        raise ValueError(f"{config}: end_of_text: {end_of_text} is no token id; use at most {vocab_size - 1}")
+        raise ValueError(f"{config}: end_of_text: {end_of_text} is not a token id; use at most {vocab_size - 1}")
     fingerprints, fineweb_shards = {}, num_shards_needed(num_iterations, step_tokens)
     for name, files, batch_tokens, count, purpose in (
         ("train", train_files, step_tokens, num_iterations, f"num_iterations = {num_iterations}"),

@@ -29,7 +29,7 @@ class MissingShardsError(ValueError):
 
 @contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Turn an OSError into a ValueError. It is no sign of damage, so nothing may remove the file or fetch it again."""
+    """Turn an OSError into a ValueError. A file that cannot be read is not damaged: never remove or fetch it again."""
     try:
         yield
     except OSError as error:
@@ -88,8 +88,9 @@ def open_shards(pattern: str, vocab_size: int = 2**16, batch_tokens: int = 1, co
         raise MissingShardsError(f"no file matches {pattern}; make or fetch the data (see data/README.md)")
     shards: list[Shard] = []
     for path in sorted(paths):
-        if num_batches([shard.num_tokens for shard in shards], batch_tokens) < count:
-            shards.append(open_shard(Path(path), vocab_size))
+        if num_batches([shard.num_tokens for shard in shards], batch_tokens) >= count:
+            break
+        shards.append(open_shard(Path(path), vocab_size))
     return shards
 
 

@@ -58,7 +58,7 @@ KEYS = [
     (dict(val_tokens=10240), "val_files: too few tokens: val_tokens = 10240"),
     (dict(vocab_size=200), "s_train_000001.bin: token 49 has id 255, but vocab_size is 200; use data with this"),
     (dict(vocab_size=300), "s_train_000001.bin: no document starts: none of 20,000 tokens is 299; set end_of_text to"),
-    (dict(end_of_text=256), "small.toml: end_of_text: 256 is no token id; use at most 255"),
+    (dict(end_of_text=256), "small.toml: end_of_text: 256 is not a token id; use at most 255"),
     (dict(val_files="{data}/s_train_*1.bin"), "val_files: s_train_000001.bin is training data too; validate on other"),
     (dict(val_files="{folder}"), "val_files: {folder}: cannot be read: Is a directory; check its path"),
     (dict(val_files="{folder}/damaged.bin"), "val_files: {folder}/damaged.bin: wrong length"),

@@ -61,7 +61,7 @@ def test_a_damaged_or_unreadable_shard_is_named_with_its_fault(tmp_path, make, f
 
 
 def test_a_run_opens_the_shards_it_reads_and_names_the_limit_of_open_files(tmp_path):
-    """Each shard holds two batches. Damage in a shard that no batch needs is no error."""
+    """Each shard holds two batches. Damage in a shard that no batch needs is not an error."""
     for number in range(30):
         write_shard(tmp_path / f"s_{number:02d}.bin", np.zeros(202))
     (tmp_path / "s_30.bin").touch()
