@@ -4,7 +4,7 @@ import shlex
 import statistics
 from pathlib import Path
 
-from logs.log_format import ROOT, parse_step_lines
+from logs.log_format import ROOT, parse_step_lines, split_log
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -21,8 +21,12 @@ def estimate(steps: range, val_loss_every: int, step_s: float, validation_s: flo
 
 
 def validations(log: Path) -> dict[int, float]:
-    """Return the losses of a log's validations by step; a resumed run's last ones count."""
-    lines = parse_step_lines(log.read_text(encoding="utf-8", errors="replace"))
+    """Return the losses of a log's validations by step, none if it cannot be read; a resumed run's last ones count."""
+    try:
+        _, results = split_log(log.read_text(encoding="utf-8", errors="replace"))
+    except OSError:  # as when a user has removed the log; the run ends all the same
+        return {}
+    lines = parse_step_lines(results)
     return {line.step: line.val_loss for line in lines if line.val_loss is not None}
 
 
@@ -37,8 +41,9 @@ def describe_end(log: Path, scale: str, num_iterations: int) -> str:
     losses, published = validations(log), ROOT / "logs/published" / Path(scale).stem
     known = [found[num_iterations] for found in map(validations, sorted((published / log.parent.name).glob("*.txt")))
              if found and max(found) == num_iterations]
-    curve = [loss for step, loss in losses.items() if step] or [*losses.values()]
-    lines = [f"validations after step 0: {sparkline(curve)} from {curve[0]:.4f} to {curve[-1]:.4f}"]
+    curve, lines = [loss for step, loss in losses.items() if step], []
+    if curve:
+        lines.append(f"validations after step 0: {sparkline(curve)} from {curve[0]:.4f} to {curve[-1]:.4f}")
     if known:
         lines.append(f"known: {log.parent.name} ended at {statistics.mean(known):.4f} in {len(known)} published runs")
     others = published.relative_to(ROOT) if published.is_dir() else log.parent.parent

@@ -38,6 +38,13 @@ def test_the_end_shows_the_curve_the_known_loss_and_the_next_command(tmp_path, m
         f"compare: ./run.sh compare {log.parent} {others}"]
 
 
+def test_a_removed_log_and_an_unreadable_published_one_do_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "ROOT", tmp_path)
+    (tmp_path / "logs/published/mine/000.txt").mkdir(parents=True)
+    text = summary.describe_end(tmp_path / "logs/mine/000.txt", "", 20)
+    assert text == f"compare: ./run.sh compare {tmp_path}/logs/mine logs/published"
+
+
 def test_no_parser_of_speedrun_logs_reads_these_lines(tmp_path):
     log = write_log(tmp_path / "a/0.txt", 9, 5)
     text = f"{summary.estimate(range(1), 1, 1, 1)}\n{summary.describe_end(log, '', 10)}"
