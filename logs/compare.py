@@ -23,7 +23,7 @@ except ImportError:
     sys.exit("compare.py: numpy is missing; start it with ./run.sh compare, or pip install -r logs/requirements.txt")
 
 from logs import plot, run_statistics
-from logs.log_format import RUN_KEYS
+from logs.log_format import RUN_KEYS, differences
 from logs.results import Result, known_keys, list_changes, read_configurations
 from logs.run_log import plural, say
 from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, record_test, stats
@@ -71,14 +71,14 @@ def list_verdicts(effects: dict[str, Effect]) -> str:
 
 def answer(comparison: Comparison) -> list[str]:
     """State the verdicts in loss, then those in time."""
-    runs, baseline = comparison.runs[comparison.baseline], comparison.baseline
+    baseline, reached = comparison.baseline, sum(
+        crossing.mark == " " for crossings in comparison.own_crossings.values() for crossing in crossings)
     lines = [list_verdicts(comparison.loss.effects) or f"no configuration to compare with {baseline} in loss."]
     if any(effect.p is not None for effect in comparison.time.effects.values()):
         lines.append(f"in time to {comparison.target:g}: {list_verdicts(comparison.time.effects)}")
-    finished, missed = comparison.finished.values(), sum(map(len, comparison.finished.values()))
-    reached = sum(c.mark == " " for crossings in comparison.own_crossings.values() for c in crossings)
-    return [*lines, f"Baseline: {baseline}, {plural(len(comparison.finished[baseline]), 'run')} to step {runs[0].end}. "
-            f"Target: {comparison.target:g}; {reached} of {missed} runs reach it."] if finished else lines
+    num_runs, end = sum(map(len, comparison.finished.values())), comparison.runs[baseline][0].end
+    return [*lines, f"Baseline: {baseline}, {plural(len(comparison.finished[baseline]), 'run')} to step {end}. "
+            f"Target: {comparison.target:g}; {reached} of {num_runs} runs reach it."]
 
 
 def number(value: float | None, form: str, spread: float | None = None) -> str:
@@ -155,8 +155,8 @@ def remarks(comparison: Comparison) -> list[str]:
     own, keys = comparison.runs[baseline][0], {n: known_keys(n, runs[0]) for n, runs in comparison.runs.items()}
     for name, (run, *_) in comparison.runs.items():
         more, fewer = len(comparison.finished[name]), len(comparison.finished[baseline])
-        alike = not {k for k in keys[name] | keys[baseline] if keys[name].get(k) != keys[baseline].get(k)} - RUN_KEYS
-        if more > fewer and keys[name] and alike and not list_changes(own, run):
+        changed = differences(keys[baseline], keys[name], RUN_KEYS) or list_changes(own, run)
+        if more > fewer and keys[name] and not changed:
             lines.append(f"{name} has the same keys as the baseline and {more} runs, not {fewer}; use --baseline "
                          f"{name}.")
     return lines

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from logs.log_format import RUN_KEYS
+from logs.log_format import RUN_KEYS, differences
 from logs.results import Result, known_keys
 from logs.run_log import plural
 from logs.run_statistics import LEVEL, Comparison, Effect, Family, Ranking, stats
@@ -17,7 +17,7 @@ VERDICTS = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "s"), "undecided": 
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255"]
 QUESTIONS = ("baseline", "more tables", "fewer tables", "shared by neighbors", "shifted", "other sources", "other keys",
              "")
-NUM_LAYERS, NO_ATTENTION_LAYER = 16, 7
+NUM_LAYERS, NO_ATTENTION_LAYER = 16, 7  # as in configs/checks.py, which this package must not import
 SUFFIXES = (".png", ".svg", ".pdf")
 NEAR = 0.05  # nats above the target, where --plot starts
 MAX_BANDS = 3
@@ -46,7 +46,7 @@ def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
     """Return one of QUESTIONS: what a configuration changes."""
     if "value_embeddings" not in keys:
         return ""
-    if any(keys.get(k) != baseline.get(k) for k in (keys | baseline).keys() - RUN_KEYS - {"value_embeddings"}):
+    if differences(baseline, keys, RUN_KEYS | {"value_embeddings"}):
         return "other keys"
     if any(isinstance(entry, dict) for entry in keys["value_embeddings"]):
         return "other sources"

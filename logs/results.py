@@ -19,7 +19,6 @@ from logs.log_format import ROOT, RUN_KEYS, Header, StepLine, differences, parse
 # A resumed run can diverge and be resumed again: the line counts only if no step line follows it.
 DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b(?!.*^step:)", re.MULTILINE | re.DOTALL | re.ASCII)
 
-BASELINE_MAP = [[0, 13], [1, 14], [2, 15]]
 RESUMED = re.compile(r"^resumed at step ", re.MULTILINE)
 
 
@@ -97,10 +96,11 @@ def known_keys(name: str, run: Result) -> dict[str, Any]:
     if any(run.header):
         return run.header.configuration
     own = name.split("/")[-1]
-    for config in (ROOT / f"configs/{stem}.toml" for stem in (own, re.sub(r"_(5\d{3}|ttest)$", "", own))):
-        if config.is_file():
-            return {"value_embeddings": BASELINE_MAP, **tomllib.loads(config.read_text(encoding="utf-8"))}
-    return {}
+    configs = (ROOT / f"configs/{stem}.toml" for stem in (own, re.sub(r"_(5\d{3}|ttest)$", "", own)))
+    if not (config := next(filter(Path.is_file, configs), None)):
+        return {}
+    texts = (path.read_text(encoding="utf-8") for path in (config.with_stem("baseline"), config))
+    return tomllib.loads(next(texts)) | tomllib.loads(next(texts))
 
 
 def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:

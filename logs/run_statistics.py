@@ -70,8 +70,9 @@ def is_balanced(samples: dict[str, np.ndarray], seeds: dict[str, list[int | None
 
 def remove_seed_effects(samples: dict[str, np.ndarray], seeds: dict[str, list[int | None]]) -> dict[str, np.ndarray]:
     """Subtract each seed's mean over the configurations, and add the mean of all: a randomized block design."""
-    rows = np.array([sample[np.argsort(seeds[name])] for name, sample in samples.items()])
-    return dict(zip(samples, rows - rows.mean(axis=0) + rows.mean()))
+    by_seed = np.array([sample[np.argsort(seeds[name])] for name, sample in samples.items()])
+    effects = by_seed.mean(axis=0) - by_seed.mean()
+    return {name: sample - effects[np.argsort(np.argsort(seeds[name]))] for name, sample in samples.items()}
 
 
 class Family:

@@ -106,6 +106,7 @@ def test_runs_of_the_same_seeds_are_paired():
     assert paired.is_paired and paired.effects["a"].p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-3)
     interval = stats.ttest_rel(a, b).confidence_interval()
     assert paired.effects["a"].half_width == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+    assert paired.samples["b"] - paired.samples["a"][::-1] == pytest.approx((b - a)[::-1])  # each in its runs' order
 
 
 @pytest.mark.parametrize("seeds", [
