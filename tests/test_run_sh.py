@@ -192,3 +192,8 @@ def test_tests_run_two_at_a_time_unless_there_is_a_gpu(clone):
         *installs(clone, "", "logs/", "tests/"), f"{venv} pytest.py --numprocesses 2 --dist worksteal -m not slow 1"]
     write(clone.parent / "bin" / "nvidia-smi", "")
     assert run(clone, "test")[1] == [f"{venv} pytest.py --numprocesses 0 --dist worksteal"]
+
+
+@pytest.mark.parametrize("folder", REQUIREMENTS)
+def test_requirements_name_packages_only_because_pip_reads_them_from_stdin(folder):
+    assert all(line[0].isalpha() for line in (ROOT / folder / "requirements.txt").read_text().splitlines())
