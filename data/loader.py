@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cached_fineweb10B import FINEWEB_FOLDER, SHARD_TOKENS, absent_shards, shard_number
+from data.cached_fineweb10B import FINEWEB_FOLDER, absent_shards, shard_number
 from data.local_text import LOCAL_TEXT_FOLDER
 from data.shards import MissingShardsError, Shard, locate_batches, num_batches, open_shards
 
@@ -23,14 +23,12 @@ def to_inputs_and_targets(tokens: np.ndarray, seq_len: int, device: torch.device
 
 
 def prefetch(arrays: Iterator[np.ndarray], depth: int = 64) -> Iterator[np.ndarray]:
-    """Start a thread that takes up to `depth` arrays ahead; return an iterator over them and their exception."""
+    """Yield arrays while a thread takes up to `depth` of them ahead. Raises the iterator's exception in its place."""
     executor = ThreadPoolExecutor(max_workers=1)
     futures = deque(executor.submit(next, arrays, None) for _ in range(depth))
-    def take() -> Iterator[np.ndarray]:
-        while (array := futures.popleft().result()) is not None:
-            futures.append(executor.submit(next, arrays, None))
-            yield array
-    return take()
+    while (array := futures.popleft().result()) is not None:
+        futures.append(executor.submit(next, arrays, None))
+        yield array
 
 
 def train_batches(shards: list[Shard], sequences_per_step: int, seq_len: int, first_step: int, num_iterations: int,
@@ -62,15 +60,13 @@ def check_stream(pattern: str, vocab_size: int, end_of_text: int, batch_tokens: 
         shards = open_shards(pattern, vocab_size, batch_tokens, num_needed)
         for shard in shards:
             check_tokens(shard, end_of_text)
-        lengths = [shard.num_tokens for shard in shards]
+        lengths, names = [shard.num_tokens for shard in shards], {shard.path.name for shard in shards}
         if (found := num_batches(lengths, batch_tokens)) < num_needed:
-            whole = {shard.path.name for shard in shards if shard.num_tokens == SHARD_TOKENS}
-            error = MissingShardsError if absent_shards(pattern, fineweb_shards or 0, whole) else ValueError
+            error = MissingShardsError if absent_shards(pattern, fineweb_shards or 0, names) else ValueError
             raise error(f"too few tokens: {purpose} needs {num_needed * batch_tokens:,} ({num_needed:,} x "
                         f"{batch_tokens:,}) and 2 more, {pattern} has {sum(lengths):,} (shards: {len(shards)}), "
                         f"enough for {found:,}; ask for less or add shards")
-        last = max(shard_number(shard.path) for shard in shards)
-        for name in absent_shards(pattern, last, {shard.path.name for shard in shards}):
+        for name in absent_shards(pattern, max(map(shard_number, names)), names):
             raise MissingShardsError(f"{pattern}: {name} is missing though later shards are there, so the run would "
                                      f"read other tokens; name the shards in the pattern or fetch the missing", name)
         return shards

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,11 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 
 
 class MissingShardsError(ValueError):
-    """Shards are missing or damaged."""
+    """Shards are missing, or `path` is damaged. `command` holds the arguments of a Python command that gets them."""
 
-    def __init__(self, message: str, path: str = "", command: Sequence[str] = ()):
+    def __init__(self, message: str, path: str = "", command: Iterable[str] = ()):
         super().__init__(message + (f": python {' '.join(command)}" if command else ""))
-        self.path = path  # of the file at fault, "" if there is none
-        self.command = list(command)  # arguments of the Python command that gets the data, [] if none does
+        self.path, self.command = path, list(command)
 
 
 @contextmanager
@@ -104,19 +103,15 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray | Iterable[np.ndarra
         file.write(struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, size // 2))
 
 
-def batch_starts(num_tokens: int, batch_tokens: int) -> range:
-    """Return where a shard's batches start: two tokens more must follow each; the shard's rest is dropped."""
-    return range(0, num_tokens - batch_tokens - 1, batch_tokens)
-
-
 def num_batches(shard_tokens: Iterable[int], batch_tokens: int) -> int:
-    """Return how many batches a stream holds."""
-    return sum(len(batch_starts(num_tokens, batch_tokens)) for num_tokens in shard_tokens)
+    """Return how many batches a stream holds: two tokens more must follow each; a shard's rest is dropped."""
+    return sum(max(0, num_tokens - 2) // batch_tokens for num_tokens in shard_tokens)
 
 
 def locate_batches(shards: list[Shard], batch_tokens: int, start: int, stop: int) -> Iterator[tuple[Shard, int]]:
     """Yield (shard, position) of batches `start` to `stop` - 1 of the stream."""
-    batches = ((shard, position) for shard in shards for position in batch_starts(shard.num_tokens, batch_tokens))
+    batches = ((shard, number * batch_tokens) for shard in shards
+               for number in range(num_batches([shard.num_tokens], batch_tokens)))
     return itertools.islice(batches, start, stop)
 
 

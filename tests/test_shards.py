@@ -1,15 +1,16 @@
-"""data/shards.py: the file format, the stream's order and the fingerprint. test_loader.py reads whole batches."""
+"""data/shards.py: the file format, faulty shards, patterns and the fingerprint. test_loader.py reads whole batches."""
 
+import errno
 import hashlib
 import json
 import os
-import resource
 import struct
 
 import numpy as np
 import pytest
+from helpers import fail
 
-from data.shards import MissingShardsError, batch_starts, fingerprint, num_batches, open_shards, write_shard
+from data.shards import MissingShardsError, fingerprint, open_shards, write_shard
 
 
 def header(magic=20240520, version=1, count=20_000):
@@ -18,14 +19,13 @@ def header(magic=20240520, version=1, count=20_000):
 
 def test_a_shard_is_256_int32_and_its_tokens_as_uint16_and_shards_are_sorted(tmp_path):
     for number in (10, 2, 1):
-        parts = np.array([number, 50_256, 65_535]), (np.array([i]) for i in (number, 50_256, 65_535))
-        write_shard(tmp_path / f"s_{number:06d}.bin", parts[number == 2])
+        write_shard(tmp_path / f"s_{number:06d}.bin", (np.array(part) for part in ([number], [50_256, 65_535])))
     assert (tmp_path / "s_000002.bin").read_bytes() == header(count=3) + struct.pack("<3H", 2, 50_256, 65_535)
     assert [shard.read(0, 1).item() for shard in open_shards(f"{tmp_path}/s_*.bin")] == [1, 2, 10]
 
 
 def test_a_shard_that_changes_during_a_run(tmp_path, monkeypatch):
-    """Replacing it does not change the run. Truncation and a lost disk sector are errors that name the file."""
+    """Replacing it does not change the run. Truncation and a failing system call are errors that name the file."""
     path = tmp_path / "s.bin"
     write_shard(path, np.full(1000, 7))
     (opened,), (replaced,) = open_shards(str(path)), open_shards(str(path))
@@ -36,20 +36,19 @@ def test_a_shard_that_changes_during_a_run(tmp_path, monkeypatch):
     write_shard(tmp_path / "new", np.zeros(500))
     (tmp_path / "new").rename(path)
     assert replaced.read(490, 10).tolist() == 10 * [7]
-    monkeypatch.setattr(os, "pread", lambda *_: exec("raise OSError(5, 'Input/output error')"))
-    with pytest.raises(ValueError, match=f"{path}: cannot be read: Input/output error; check its path, permissions"):
-        opened.read(0, 500)
+    for number, fix in ((errno.EIO, "check its path, permissions and disk"), (errno.EMFILE, "raise ulimit -n")):
+        monkeypatch.setattr(os, "pread", lambda *_: fail(OSError(number, os.strerror(number))))
+        with pytest.raises(ValueError, match=f"{path}: cannot be read: {os.strerror(number)}; {fix}"):
+            opened.read(0, 500)
 
 
 @pytest.mark.parametrize("make, fault", [
     (lambda path: path.write_bytes(header(magic=1) + bytes(40_000)), "wrong magic number, 1 in its header instead of"),
     (lambda path: path.write_bytes(header(version=2) + bytes(40_000)), "wrong version, 2 in its header instead of 1"),
     (lambda path: path.write_bytes(header(count=100) + bytes(39_999)), "wrong length, 100 in .* instead of 19999.5"),
-    (lambda path: path.write_bytes(header(count=0) + bytes(2)), "wrong length"),
     (lambda path: path.touch(), "wrong magic number, 0 in"),
     (lambda path: path.mkdir(), "cannot be read: Is a directory"),
-    (lambda path: path.symlink_to("/nowhere"), "cannot be read: No such file"),
-    (lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic links")])
+    (lambda path: path.symlink_to("/nowhere"), "cannot be read: No such file")])
 def test_a_damaged_or_unreadable_shard_is_named_with_its_fault(tmp_path, make, fault):
     """Only a damaged one is to be fetched again."""
     write_shard(tmp_path / "b_1.bin", np.zeros(10))
@@ -57,39 +56,17 @@ def test_a_damaged_or_unreadable_shard_is_named_with_its_fault(tmp_path, make, f
     fix = "check its path, permissions and disk" if "read" in fault else "not a valid shard: make or fetch it again"
     with pytest.raises(ValueError, match=f"{bad}: {fault}.*; {fix}") as raised:
         open_shards(f"{tmp_path}/b_*.bin")
-    assert getattr(raised.value, "path", "") == ("" if "read" in fault else str(bad))
-
-
-def test_a_run_opens_the_shards_it_reads_and_names_the_limit_of_open_files(tmp_path):
-    """Each shard holds two batches. Damage in a shard that no batch needs is not an error."""
-    for number in range(30):
-        write_shard(tmp_path / f"s_{number:02d}.bin", np.zeros(202))
-    (tmp_path / "s_30.bin").touch()
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
-    try:
-        assert len(open_shards(f"{tmp_path}/*.bin", 100, 100, 9)) == 5
-        with pytest.raises(ValueError, match="read: Too many open files; raise ulimit -n") as raised:
-            open_shards(f"{tmp_path}/*.bin")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert not isinstance(raised.value, MissingShardsError)
+    assert isinstance(raised.value, MissingShardsError) == ("read" not in fault)
 
 
 @pytest.mark.parametrize("folder, name, pattern", [
     ("a [v2]", "s_1.bin", "s_*.bin"), ("[v2]", "s_1.bin", "s_[12].bin"), ("[12]", "s[v2].bin", "s[v2].bin"),
-    ("b", "s[v2]_1.bin", "s[v2]_*.bin"), ("b", "s_1.bin", "s_[0-9].bin")])
+    ("b", "s[v2]_1.bin", "s[v2]_*.bin")])
 def test_brackets_are_literal_in_an_existing_folder_and_where_they_match_nothing(tmp_path, folder, name, pattern):
     for each in (folder, "1", "v"):  # which the brackets would match
         (tmp_path / each).mkdir()
         write_shard(tmp_path / each / name, np.zeros(10))
     assert [shard.path for shard in open_shards(f"{tmp_path}/{folder}/{pattern}")] == [tmp_path / folder / name]
-
-
-@pytest.mark.parametrize("length, expected", [
-    (513, []), (514, [0]), (1025, [0]), (1300, [0, 512]), (300, [])])
-def test_a_batch_needs_its_tokens_and_two_more_and_the_rest_is_dropped(length, expected):
-    assert list(batch_starts(length, 512)) == expected and num_batches([length, 514], 512) == len(expected) + 1
 
 
 def test_the_fingerprint_is_of_the_shards_that_are_read_and_of_their_first_64_kib(tmp_path):
