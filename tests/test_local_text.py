@@ -1,13 +1,12 @@
 """data/local_text.py: text files become shards of bytes."""
 
 import re
-import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
 
 from data import local_text
 from data.shards import open_shards
@@ -32,28 +31,24 @@ def texts(tmp_path):
 
 
 def test_each_file_is_a_document_and_a_tenth_is_for_validation(texts, tmp_path):
-    """All but the document at the cut are whole. The same text gives the same shards. Other files are left out."""
+    """All but the document at the cut are whole. The same text gives the same shards, in place of older ones."""
     train, val = make(texts, tmp_path / "a")
     found, expected = (train + val).split(EOT)[1:], [path.read_text("latin-1") for path in texts.rglob("*.txt")]
     assert len({*found} & {*expected}) >= 19 and sum(map(len, found)) == sum(map(len, expected))
     assert train[0] == val[0] == EOT and len(val) / len(train + val) == pytest.approx(0.1, abs=0.001)
     for name, content in (("binary", b"a\0b" * 1000), ("empty.txt", b""), (".hidden", b"hidden" * 1000)):
         (texts / name).write_bytes(content)
-    assert make(texts, tmp_path / "b") == [train, val]
+    for name in ("local_train_000001.bin", "local_plan.txt"):
+        (texts.parent / name).touch()
+    assert make(texts, tmp_path) == [train, val]
+    kept = ["a", "local_plan.txt", "local_train_000000.bin", "local_val_000000.bin", "texts"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_a_single_file_is_cut_in_two(tmp_path):
     (tmp_path / "book.txt").write_bytes(text := bytes(range(1, 256)) * 20)
     first, second = make(tmp_path / "book.txt", tmp_path)
     assert first[0] == second[0] == EOT and first[1:] + second[1:] == text.decode("latin-1")
-
-
-def test_new_text_replaces_the_old_shards_and_nothing_else(texts, tmp_path):
-    for name in ("local_train_000001.bin", "notes.txt", "local_plan.txt"):
-        (tmp_path / name).touch()
-    make(texts, tmp_path)
-    kept = ["local_plan.txt", "local_train_000000.bin", "local_val_000000.bin", "notes.txt", "texts"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_utf_16_is_read_as_its_utf_8_and_named_without_a_byte_order_mark(texts, tmp_path):
@@ -66,85 +61,72 @@ def test_utf_16_is_read_as_its_utf_8_and_named_without_a_byte_order_mark(texts, 
     assert f"; skipped 1 binary files, as {texts}/unmarked\n" in local_text.make_shards([texts], tmp_path / "b")
 
 
-@pytest.mark.parametrize("arguments", [["--vocab_size=300"], ["--tokenizer=own.json"]])
-def test_byte_pairs_hold_the_same_text_and_the_loss_compares_with_that_of_bytes(texts, tmp_path, monkeypatch, capsys,
-                                                                                arguments):
+@pytest.mark.parametrize("option, eot_id", [("--vocab_size=300", 299), ("--tokenizer=own.json", 1)])
+def test_byte_pairs_hold_the_same_text_and_the_loss_compares_with_that_of_bytes(
+        texts, tmp_path, monkeypatch, capsys, option, eot_id):
     """Of both parts, with the documents at the same places. A tokenizer's special tokens and limits do not count."""
     tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
     (texts / "special.txt").write_text("a literal <|endoftext|> and <unk> " * 100)
     characters = make(texts, tmp_path / "bytes")
     own = tokenizers.ByteLevelBPETokenizer()
     own.train_from_iterator(["number" * 9], 270, special_tokens=["<unk>", "<|endoftext|>"])
     own.enable_truncation(5)
     own.enable_padding(length=50)
-    monkeypatch.chdir(tmp_path)
     own.save("own.json")
     monkeypatch.setattr(local_text, "LOCAL_TEXT_FOLDER", tmp_path / "local_text")
-    local_text.main([*arguments, "texts"])
+    local_text.main([option, "texts"])
     *_, summary, keys = capsys.readouterr().out.splitlines()
-    folder = tmp_path / "local_text_bpe"
-    tokenizer = tokenizers.Tokenizer.from_file(f"{folder}/local_tokenizer.json")
-    eot_id = tokenizer.token_to_id("<|endoftext|>")
-    assert (eot_id, keys) == ((299, "set vocab_size = 300") if "--v" in arguments[0] else
-                              (1, f"set vocab_size = {tokenizer.get_vocab_size()}, end_of_text = 1"))
-    ids = [open_shards(f"{folder}/local_{kind}_*.bin")[0] for kind in ("train", "val")]
-    ids = [shard.read(0, shard.num_tokens) for shard in ids]
-    decoded = ["".join(EOT + tokenizer.decode(part[1:], skip_special_tokens=False)
-                       for part in np.split(each, np.flatnonzero(each == eot_id))[1:]) for each in ids]
-    assert [text.replace(EOT, "\0").encode() for text in decoded] == [
-        text.replace(EOT, "\0").encode("latin-1") for text in characters]
+    tokenizer = tokenizers.Tokenizer.from_file("local_text_bpe/local_tokenizer.json")
+    size = tokenizer.get_vocab_size()
+    assert keys == ("set vocab_size = 300" if eot_id == 299 else f"set vocab_size = {size}, end_of_text = 1")
+    shards = [open_shards(f"local_text_bpe/local_{kind}_*.bin")[0] for kind in ("train", "val")]
+    train, val = [shard.read(0, shard.num_tokens) for shard in shards]
+    for ids, expected in ((train, characters[0]), (val, characters[1])):
+        documents = np.split(ids, np.flatnonzero(ids == eot_id))[1:]
+        decoded = "".join("\0" + tokenizer.decode(part[1:], skip_special_tokens=False) for part in documents)
+        assert decoded.encode() == expected.replace(EOT, "\0").encode("latin-1")
     loss, per_byte = map(float, re.fullmatch(r"a model that knows only token frequencies has validation loss (.*), "
                                              "(.*) a byte", summary).groups())
-    p = (np.bincount(ids[0], minlength=tokenizer.get_vocab_size()) + 1.0)
-    assert loss == pytest.approx(-np.log(p / p.sum())[ids[1]].mean(), abs=1e-4)
-    assert per_byte == pytest.approx(loss * len(ids[1]) / len(characters[1]), rel=0.01)
+    p = np.bincount(train, minlength=size) + 1.0
+    assert loss == pytest.approx(-np.log(p / p.sum())[val].mean(), abs=1e-4)
+    assert per_byte == pytest.approx(loss * len(val) / len(characters[1]), rel=0.01)
 
 
-@pytest.mark.slow
 def test_text_streams(tmp_path):
-    """64 MB in one file take less than 30 MB more than nothing."""
-    peak = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
-    code = f"import sys; from pathlib import Path; from data.local_text import make_shards; {{}}; {peak}"
-    (tmp_path / "big.txt").write_bytes(b"The same words again.\n" * 3_000_000)
-    call = f"make_shards([Path('{tmp_path}/big.txt')], Path('{tmp_path}'))"
-    nothing, megabytes = (int(subprocess.check_output([sys.executable, "-c", code.format(action)], cwd=ROOT))
-                          for action in ("0", call))
-    assert megabytes < nothing + 30
+    """22 MB in one file take less than 8 MB of memory."""
+    (tmp_path / "big.txt").write_bytes(b"The same words again.\n" * 10**6)
+    tracemalloc.start()
+    local_text.make_shards([tmp_path / "big.txt"], tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
 
 
 @pytest.mark.parametrize("arguments, fault", [
     (["short"], "too little text"), (["nowhere"], "nowhere: cannot be read: No such file or directory; check its path"),
-    (["loop"], "loop: cannot be read: Too many levels"), (["book", "--vocab_size=300"], "-m pip install tokenizers"),
+    (["loop"], "loop: cannot be read: Too many levels"),
     (["book", "--vocab_size=x"], "argument --vocab_size: invalid int value: 'x'; see --help"),
-    (["book", "--vocab_size=300", "--tokenizer=x"], "not allowed with")])
+    (["book", "--vocab_size=300", "--tokenizer=x"], "not allowed with"),
+    (["book", "--tokenizer=short"], "short: not a tokenizer: "),
+    (["book", "--tokenizer=nowhere"], "nowhere: not a tokenizer: No such file"),
+    (["book", "--tokenizer=big"], "the tokenizer has 70,001 ids, a shard's limit is 65,536; use a smaller one"),
+    (["book", "--vocab_size=300"], "-m pip install tokenizers")])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, arguments, fault):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
     Path("short").touch()
     Path("loop").symlink_to("loop")
     Path("book").write_text("words " * 1000)
+    if "tokenizer" in fault and "pip" not in fault:
+        tokenizers = pytest.importorskip("tokenizers")
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(70_000)}, "0")).save("big")
+    else:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(SystemExit, match="2"):
         local_text.main([*arguments, "--output=out"])
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("local_text.py: ") and fault in error
     assert not Path("out").exists() or list(Path("out").iterdir()) == []
-
-
-@pytest.mark.parametrize("content, fault", [
-    ("{}", "own.json: not a tokenizer: "), (None, "own.json: not a tokenizer: No such file"),
-    ("big", "the tokenizer has 70,001 ids, a shard's limit is 65,536; use a smaller one")])
-def test_a_wrong_tokenizer_is_one_line(tmp_path, monkeypatch, capsys, content, fault):
-    tokenizers = pytest.importorskip("tokenizers")
-    monkeypatch.chdir(tmp_path)
-    Path("book").write_text("words " * 1000)
-    if content == "big":
-        tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(70_000)}, "0")).save("own.json")
-    elif content:
-        Path("own.json").write_text(content)
-    with pytest.raises(SystemExit, match="2"):
-        local_text.main(["book", "--output=out", "--tokenizer=own.json"])
-    (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("local_text.py: ") and fault in error and list(Path("out").iterdir()) == []
 
 
 def test_the_standard_library_is_taken_without_packages_and_tests(tmp_path, monkeypatch):
