@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,15 +51,14 @@ def read_record(api) -> tuple[str, dict[str, list]]:
     return record["commit"], record["files"]
 
 
-def find_damage(names: list[str], files: dict[str, list], remove: bool) -> dict[str, str]:
-    """Return the missing and damaged shards, name -> fault, and remove the damaged ones if told to."""
+def find_damage(names: Iterable[str], files: dict[str, list]) -> dict[str, str]:
+    """Return the missing and damaged shards, name -> fault."""
     damage = {}
     for name in names:
         with reading(path := FINEWEB_FOLDER / name):
-            content = path.read_bytes() if name in os.listdir(FINEWEB_FOLDER) else None  # 200 MB
-        if hashlib.sha256(content or b"").hexdigest() != files[name][1]:
-            damage[name] = "missing" if content is None else f"{len(content):,} bytes, not the Hub's SHA-256"
-            path.unlink(missing_ok=True) if remove else None
+            content = path.read_bytes() if os.path.lexists(path) else b""  # 200 MB
+        if hashlib.sha256(content).hexdigest() != files[name][1]:
+            damage[name] = f"{len(content):,} bytes, not the Hub's SHA-256" if content else "missing"
     return damage
 
 
@@ -69,7 +69,7 @@ def update(names: list[str], only_check: bool) -> None:
     commit, files = read_record(api := HfApi(endpoint=ENDPOINT))
     if unknown := sorted(set(names) - files.keys()):
         raise ValueError(f"{REPOSITORY} has no {unknown[0]} in commit {commit}; ask for fewer shards")
-    damage = find_damage(names, files, remove=False)
+    damage = find_damage(names, files)
     tokens = [(files[name][0] - HEADER_BYTES) // 2 for name in names if shard_number(name) and name not in damage]
     print(f"{FINEWEB_FOLDER}: commit {commit}, {len(names) - len(damage)} of {len(names)} shards intact, "
           f"enough for {num_batches(tokens, 8 * 65536):,} steps of the baseline", flush=True)
@@ -79,7 +79,9 @@ def update(names: list[str], only_check: bool) -> None:
             shutil.rmtree(FINEWEB_FOLDER / ".cache", ignore_errors=True)  # a killed call leaves unfinished files there
             api.snapshot_download(REPOSITORY, repo_type="dataset", revision=commit, allow_patterns=list(damage),
                                   local_dir=FINEWEB_FOLDER)
-            damage = find_damage(list(damage), files, remove=True)
+            damage = find_damage(damage, files)
+            for name in damage:
+                (FINEWEB_FOLDER / name).unlink(missing_ok=True)
     if faults := "; ".join(f"{name}: {fault}" for name, fault in damage.items()):
         raise ValueError(f"{faults}; fetch again: python data/cached_fineweb10B.py {shard_number(names[-1])}")
 

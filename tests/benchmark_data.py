@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.loader import train_batches
-from data.shards import num_batches, open_shards, write_shard
+from data.loader import prefetch
+from data.shards import locate_batches, num_batches, open_shards, write_shard
 
 SHARDS, SHARD_TOKENS, SEQ_LEN, RANKS = 3, 100_000_000, 65536, 8
 STEPS_PER_SHARD = num_batches([SHARD_TOKENS], RANKS * SEQ_LEN)
@@ -24,9 +23,9 @@ STEPS_PER_SHARD = num_batches([SHARD_TOKENS], RANKS * SEQ_LEN)
 
 def time_waits(shards, pace):
     """Read all batches as rank 0, one every `pace` seconds at most; return how long each took to arrive, in ms."""
-    waits, count = [], SHARDS * STEPS_PER_SHARD
-    batches = train_batches(shards, RANKS, SEQ_LEN, 0, count, 0, RANKS, torch.device("cpu"))
-    for _ in range(count):
+    places = locate_batches(shards, RANKS * SEQ_LEN, 0, SHARDS * STEPS_PER_SHARD)
+    batches, waits = prefetch(shard.read(position, SEQ_LEN + 1).astype(np.int32) for shard, position in places), []
+    for _ in range(SHARDS * STEPS_PER_SHARD):
         asked_at = time.perf_counter()
         next(batches)
         waits.append(1000 * (time.perf_counter() - asked_at))
