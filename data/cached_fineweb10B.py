@@ -90,8 +90,10 @@ def explain(error: Exception) -> str:
     """Return the fault and its fix."""
     if (response := getattr(error, "response", getattr(error.__cause__, "response", None))) is not None:
         return f"{ENDPOINT} answers {response.status_code}: {FIXES.get(response.status_code, 'rerun later')}"
-    if type(error) is ValueError or getattr(error, "errno", None) is not None:
-        return f"{error}" + f"; check space and permissions of {FINEWEB_FOLDER}" * isinstance(error, OSError)
+    if type(error) is ValueError:
+        return str(error)
+    if getattr(error, "errno", None) is not None:
+        return f"{error}; check space and permissions of {FINEWEB_FOLDER}"
     text = "wrong file size" if type(error) is OSError else error  # the library's text holds a signed address
     return f"no valid answer from {ENDPOINT} ({type(error).__name__}: {text}); check the network, HF_ENDPOINT, HF_TOKEN"
 

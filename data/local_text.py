@@ -65,10 +65,12 @@ def to_texts(pieces: Iterable[np.ndarray]) -> Iterator[list[str]]:
 def make_tokenizer(file: Path | None, vocab_size: int, pieces: Iterator[np.ndarray]) -> Any:
     """Return a file's tokenizer, or one of the frequent byte pairs in the pieces; add an end of text if it has none."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    pairs = ByteLevelBPETokenizer()
-    if not file:
+    if file:
+        tokenizer = Tokenizer.from_file(str(file))
+    else:
+        pairs = ByteLevelBPETokenizer()
         pairs.train_from_iterator(to_texts(pieces), vocab_size - 1, show_progress=False)
-    tokenizer = Tokenizer.from_file(str(file)) if file else Tokenizer.from_str(pairs.to_str())
+        tokenizer = Tokenizer.from_str(pairs.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a special token in a document is text
@@ -110,11 +112,12 @@ def make_shards(paths: list[Path], output: Path, vocab_size: int | None = None, 
     for old in set(output.glob("local_*.bin")) - new:
         old.unlink()
     loss, rate = -val @ np.log((train + 1) / (train + 1).sum()) / val.sum(), (length - cut) / val.sum()
+    example = f", as {skipped[0]}" if skipped else ""
+    eot_key = f", end_of_text = {eot_id}" if eot_id < num_ids - 1 else ""
     return (f"{output}: {train[eot_id] + val[eot_id]:,} documents from {', '.join(map(str, paths)) or library}; "
-            f"skipped {len(skipped)} binary files{''.join(f', as {path}' for path in skipped[:1])}\n{train.sum():,} "
-            f"training and {val.sum():,} validation tokens of {rate:.3f} bytes\na model that knows only "
-            f"{'token' if tokenizer else 'byte'} frequencies has validation loss {loss:.4f}, {loss / rate:.4f} a byte\n"
-            f"set vocab_size = {num_ids}" + f", end_of_text = {eot_id}" * (eot_id < num_ids - 1))
+            f"skipped {len(skipped)} binary files{example}\n{train.sum():,} training and {val.sum():,} validation "
+            f"tokens of {rate:.3f} bytes\na model that knows only {'token' if tokenizer else 'byte'} frequencies has "
+            f"validation loss {loss:.4f}, {loss / rate:.4f} a byte\nset vocab_size = {num_ids}{eot_key}")
 
 
 def main(arguments: list[str]) -> None:

@@ -44,7 +44,6 @@ with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None)
             os.posix_fadvise(shard.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         waits = time_waits(shards, pace)
         elsewhere = [wait for step, wait in enumerate(waits) if step % STEPS_PER_SHARD]
-        print(f"{cache} the page cache, {42 * bool(pace) or 'as many as possible'} batches a second: "
+        print(f"{cache} the page cache, {'paced' if pace else 'as fast as possible'}: "
               f"{SEQ_LEN * len(waits) / sum(waits) / 1000:,.0f}M tokens per second of waiting; longest wait "
-              f"{max(waits[STEPS_PER_SHARD::STEPS_PER_SHARD]):.2f} ms at a switch of shards, {max(elsewhere):.2f} ms "
-              "elsewhere")
+              f"{max(waits[STEPS_PER_SHARD::STEPS_PER_SHARD]):.2f} ms at a switch, {max(elsewhere):.2f} ms elsewhere")
