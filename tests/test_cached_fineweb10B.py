@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -214,19 +213,18 @@ def start(tmp_path, hub):
     shards = shutil.ignore_patterns("fineweb10B", "local_text*")
     copied = shutil.copytree(Path(fetcher.__file__).parent, tmp_path / "data", ignore=shards)
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": f"{tmp_path}/hf", "PYTHONPATH": ""}
-    return lambda number, **options: subprocess.Popen([sys.executable, copied / "cached_fineweb10B.py", str(number)],
-                                                      env=env, text=True, stderr=subprocess.PIPE, **options)
+    return lambda: subprocess.Popen([sys.executable, copied / "cached_fineweb10B.py", "4"], env=env, text=True,
+                                    stderr=subprocess.PIPE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_remains(start, hub, number, times):
+def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_remains(start, hub, number):
     """It does not wait for running downloads. A later call fetches the rest."""
     hub.delay, rng = 0.05, random.Random(0)
-    for _ in range(times):
+    for _ in range(2):
         missing = sum(len(content) for name, content in hub.files.items() if name not in there(hub.folder))
-        process, goal = start(4), hub.sent + rng.randrange(1, missing * 3 // 4)
+        process, goal = start(), hub.sent + rng.randrange(1, missing * 3 // 4)
         while hub.sent < goal:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -236,7 +234,7 @@ def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_remai
         assert number == signal.SIGKILL or errors.endswith("cached_fineweb10B.py: interrupted\n")
         assert there(hub.folder).items() < hub.files.items()
     hub.delay = 0
-    last = start(4)
+    last = start()
     assert last.communicate() and last.returncode == 0
     assert there(hub.folder) == hub.files and list(hub.folder.rglob("*.incomplete")) == []
 
@@ -244,13 +242,5 @@ def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_remai
 @pytest.mark.slow
 def test_of_two_at_once_one_fetches(start, hub):
     hub.delay = 0.025
-    assert [process.communicate() and process.returncode for process in [start(4), start(4)]] == [0, 0]
+    assert [process.communicate() and process.returncode for process in [start(), start()]] == [0, 0]
     assert there(hub.folder) == hub.files and hub.fetched() == sorted(NAMES)
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line(start, hub):
-    process = start(1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    errors = process.communicate()[1]
-    assert process.returncode == 2 and "Traceback" not in errors and there(hub.folder) == {}
-    assert "File too large; check space and permissions of " in errors.splitlines()[-1]
