@@ -23,12 +23,15 @@ def to_inputs_and_targets(tokens: np.ndarray, seq_len: int, device: torch.device
 
 
 def prefetch(arrays: Iterator[np.ndarray], depth: int = 64) -> Iterator[np.ndarray]:
-    """Yield arrays while a thread takes up to `depth` of them ahead. Raises the iterator's exception in its place."""
+    """Start a thread that takes up to `depth` arrays ahead; return an iterator over them and their exception."""
     executor = ThreadPoolExecutor(max_workers=1)
     futures = deque(executor.submit(next, arrays, None) for _ in range(depth))
-    while (array := futures.popleft().result()) is not None:
-        futures.append(executor.submit(next, arrays, None))
-        yield array
+
+    def take() -> Iterator[np.ndarray]:
+        while (array := futures.popleft().result()) is not None:
+            futures.append(executor.submit(next, arrays, None))
+            yield array
+    return take()
 
 
 def train_batches(shards: list[Shard], sequences_per_step: int, seq_len: int, first_step: int, num_iterations: int,
