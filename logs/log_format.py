@@ -95,24 +95,19 @@ def syntax(code: str) -> str:
         tree = ast.parse(code)
         for node in ast.walk(tree):
             if isinstance(getattr(node, "body", None), list):
-                node.body = [s for s in node.body if not isinstance(getattr(s, "value", None), ast.Constant)
-                             or not isinstance(s, ast.Expr)]
+                node.body = [s for s in node.body
+                             if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
         return ast.dump(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code
 
 
-def is_same_code(a: str, b: str) -> bool:
-    """Compare Python texts without comments, formatting and docstrings; compare texts that do not parse as text."""
-    return a == b or syntax(a) == syntax(b)
-
-
 def differences(then: dict[str, Any], now: dict[str, Any], ignored: Collection[str]) -> list[str]:
-    """Return a sentence for each key whose value changed. Values are compared as JSON, the key "code" as code."""
+    """Return a sentence for each key whose value changed. Values are compared as JSON, the key "code" as `syntax`."""
     changes = []
     for key in (key for key in then | now if key not in ignored):
         was, new = json.dumps(then.get(key)), json.dumps(now.get(key))
-        if key == "code" and not is_same_code(then.get(key, ""), now.get(key, "")):
+        if key == "code" and syntax(then.get(key, "")) != syntax(now.get(key, "")):
             changes.append("the code has changed")
         elif key != "code" and was != new:
             is_short = len(was + new) < 300 or key not in ("train_data", "val_data")  # a map is shown whole

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from logs import log_format
-from logs.log_format import RULE, Header, StepLine, format_header, format_step_line, is_same_code, parse_step_lines
+from logs.log_format import RULE, Header, StepLine, differences, format_header, format_step_line, parse_step_lines
 
 VALIDATION = "step:125/5960 val_loss:4.325680 train_time:27923ms step_avg:223.39ms"
 TRAINING = "step:126/5960 train_time:28146ms step_avg:223.38ms"
@@ -27,16 +27,15 @@ def test_step_lines_to_the_letter(values, line):
 @pytest.mark.parametrize("line, n", [
     (f"{VALIDATION}\n{TRAINING}\u2028more\n{TRAINING}\n", 2), (f"{VALIDATION} lx:0.773 y:-1\n", 1),
     (VALIDATION.replace("4.325680", "nan"), 1), (VALIDATION[:-1], 0), (f" {VALIDATION}", 0), (f"{VALIDATION} x", 0),
-    (f"{VALIDATION} x:", 0), (VALIDATION.replace("4.32", "4.3\0"), 0), (VALIDATION.replace("loss:", "loss:-"), 0),
+    (VALIDATION.replace("4.32", "4.3\0"), 0), (VALIDATION.replace("loss:", "loss:-"), 0),
     (VALIDATION.replace("125", "१२५"), 0), (VALIDATION.replace("125", "9" * 13), 0)])
 def test_only_complete_step_lines_count(line, n):
     assert [(step.step, step.step_avg_ms) for step in parse_step_lines(line)] == [(125, 223.39), (126, 223.38)][:n]
 
 
 def test_the_code_is_that_of_the_files_that_decide_the_numbers():
-    texts = [(name, log_format.ROOT / name) for name in ("train_gpt_medium.py", "configs/checks.py", "data/loader.py",
-                                                           "data/shards.py")]
-    assert log_format.program_text() == "\n".join(f"# {name}\n{path.read_text('utf-8')}" for name, path in texts)
+    for name in ("train_gpt_medium.py", "configs/checks.py", "data/loader.py", "data/shards.py"):
+        assert f"# {name}\n{(log_format.ROOT / name).read_text('utf-8')}" in log_format.program_text()
 
 
 @pytest.mark.parametrize("code", ["# a.py\nx = 1\n\n# b", LOOK_ALIKE, f"{LOOK_ALIKE}{RULE}\n{ENVIRONMENT}{TRAINING}"])
@@ -66,20 +65,19 @@ def test_a_log_without_a_readable_configuration(tmp_path, text, code):
 
 @pytest.mark.parametrize("edited, same", [
     ('# new\n"""About."""\ndef f(a,\n      b):\n    """Adds."""\n    return (a + 1)  # why\n"""Second file."""', True),
-    ("def f(a, b): return a + 2", False), ("def f(a, c): return a + 1", False), ("def f(a, b): return 'a + 1'", False),
-    ("def f(a, b): return a + 1; x = 1", False), ("def f(a, b) return a + 1", False)])
+    ("def f(a, b): return a + 2", False), ("def f(a, b): return 'a + 1'", False), ("def f(a, b) return a + 1", False)])
 def test_comments_formatting_and_docstrings_are_not_code(edited, same):
-    assert is_same_code("def f(a, b):\n    return a + 1\n", edited) == same
+    changes = differences({"code": "def f(a, b):\n    return a + 1\n"}, {"code": edited}, ())
+    assert changes == ([] if same else ["the code has changed"])
 
 
 @pytest.mark.parametrize("text", ["not Python at all", "x = \0", "(" * 9999, "-" * 99999 + "1"], ids=str.__len__)
 def test_texts_that_do_not_parse_are_compared_as_text(text):
-    assert is_same_code(text, f"{text[:-1]}{text[-1]}") and not is_same_code(text, f"{text} ")
+    assert differences({"code": text}, {"code": f"{text} "}, ()) == ["the code has changed"]
 
 
 def test_differences_are_named_with_both_values():
-    then = dict(seed=1, same=(1, 2), lr=0.3, gate=True, train_data="a" * 200, code="x = 1  # one")
-    now = dict(seed=2, same=[1, 2], lr=0.1, train_data="b" * 200, width=256, code='"""Doc."""\nx = 1')
-    assert log_format.differences(then, now, {"seed"}) == [
+    then = dict(seed=1, same=(1, 2), lr=0.3, gate=True, train_data="a" * 200)
+    now = dict(seed=2, same=[1, 2], lr=0.1, train_data="b" * 200, width=256)
+    assert differences(then, now, {"seed"}) == [
         "lr was 0.3 and is 0.1", "gate was true and is null", "train_data has changed", "width was null and is 256"]
-    assert log_format.differences({"code": "x = 1"}, {"code": "x = 2"}, ()) == ["the code has changed"]
