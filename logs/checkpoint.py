@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from logs.distributed import Diverged, describe_device, describe_environment, gather
-from logs.log_format import BOOKKEEPING_KEYS, differences
+from logs.log_format import BOOKKEEPING_KEYS, differences, format_header
 from logs.run_log import RunLog, checkpoint_path, here_and_now, open_log
 
 COMPILED_PREFIX = "_orig_mod."  # the published script saved its compiled module, which puts this before each name
@@ -46,9 +46,9 @@ def remove(path: Path) -> None:
         path.with_name(name).unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, its tensors as memory maps. `weights_only` refuses a file that could execute code."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, memory-mapped unless in PyTorch's old format. `weights_only` refuses a file that runs code."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -69,8 +69,7 @@ def read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; name an existing checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        weights = {name.removeprefix(COMPILED_PREFIX): w for name, w in checkpoint["model"].items()}
+        weights = {name.removeprefix(COMPILED_PREFIX): w for name, w in load(path)["model"].items()}
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint that can be read safely ({type(error).__name__}); "
                          "name a file from torch.save, of a dict with the weights under 'model'") from None
@@ -203,7 +202,8 @@ def begin_log(log: RunLog, identity: dict[str, Any], state: dict[str, Any] | Non
     """Write the header, or a resumed run's line; return the step and the training time (ms) to begin at."""
     if state is None:
         configuration = {name: value for name, value in identity.items() if name != "code"}
-        log.write_header(identity["code"], configuration, describe_environment(), drawing, describe_device(device))
+        log.to_file(format_header(identity["code"], configuration, describe_environment(), drawing,
+                                  describe_device(device), f"started: {here_and_now()}"))
         return 0, 0.0
     step, time_ms = state["step"], state["train_time_ms"]
     log.line(f"resumed at step {step} after {time_ms:.0f}ms of training; {here_and_now()}; {describe_device(device)}")

@@ -65,11 +65,10 @@ def gather(value: Any) -> list[Any]:
 
 def on_all_ranks(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function` on every rank; if any raises ValueError or OSError, print each error once and exit (status 2)."""
-    result, error_line = None, ""
     try:
-        result = function(*arguments)
+        result, error_line = function(*arguments), ""
     except (ValueError, OSError) as error:
-        error_line = " ".join(str(error).split())
+        result, error_line = None, " ".join(str(error).split())
     if error_lines := [line for line in dict.fromkeys(gather(error_line)) if line]:
         for line in error_lines if dist.get_rank() == 0 else []:
             say(f"train_gpt_medium.py: {line}", "stderr")

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from logs.log_format import RUN_KEYS, differences, format_header, format_step_line, read_header
+from logs.log_format import RUN_KEYS, differences, format_step_line, read_header
 
 TAIL_BYTES = 4000  # `last_line` searches this much of a log
 LOCK_WAIT_S = 10  # a rank whose launcher was killed exits within this time
@@ -99,8 +99,7 @@ def check_finished_runs(folder: Path, identity: dict[str, Any]) -> None:
     """Raise ValueError if a finished run in `folder` had other keys, data or code than `identity`."""
     for log in filter(is_finished, sorted(folder.glob("[0-9][0-9][0-9].txt"))):
         header = read_header(log)
-        changes = differences(header.configuration | {"code": header.code}, identity, RUN_KEYS)
-        if changes:
+        if changes := differences(header.configuration | {"code": header.code}, identity, RUN_KEYS):
             names = (folder.with_name(f"{folder.name}.{n}") for n in itertools.count(1))
             free = next(path for path in names if not path.exists())
             raise ValueError(f"{log}: finished as another experiment: {changes[0]}; give the config another name, "
@@ -147,10 +146,6 @@ class RunLog:
             names = (self.path.with_name(f"{self.path.name}.interrupted{number or ''}") for number in itertools.count())
             shutil.copyfile(self.path, next(path for path in names if not path.exists()))
         os.ftruncate(self.file.fileno(), size)
-
-    def write_header(self, code: str, configuration: dict[str, Any], *descriptions: str) -> None:
-        """Write what it takes to repeat the run: code, resolved configuration and environment."""
-        self.to_file(format_header(code, configuration, *descriptions, f"started: {here_and_now()}"))
 
     def to_file(self, text: str) -> None:
         if self.path is not None:

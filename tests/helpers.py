@@ -78,7 +78,3 @@ def weights_and_states(trainer):
         states = [optimizer.state[p] for optimizer in trainer.optimizers if p in optimizer.state]
         tensors += [p.detach(), *(tensor for state in states for _, tensor in sorted(state.items()))]
     return [tensor.clone() for tensor in tensors]
-
-
-def fail(error):
-    raise error

@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from logs import run_log
-from logs.log_format import ROOT, format_step_line, parse_step_lines, read_header
+from logs.log_format import ROOT, format_header, format_step_line, parse_step_lines
 from logs.run_log import RunLog, check_finished_runs, open_log
 
 PEAK = "peak memory allocated: 1 MiB reserved: 2 MiB\n"
@@ -37,31 +36,12 @@ def test_place_of_a_log(scale, expected):
     (f"{PEAK}ended: 2026-11", True, ""),  # killed while it wrote the last line
     (DIVERGED, True, DIVERGED[:-1]), (f"{DIVERGED}{ENDED}diverged\n", True, DIVERGED[:-1]),
     (PEAK[:-1], False, ""), (DIVERGED[:-20], False, ""),  # torn: being written
-    (f"  {PEAK}", False, ""), (f"{ENDED}stopped by SIGTERM: at 3\n", False, "stopped by SIGTERM: at 3"),
+    (f"  {PEAK}", False, ""), (f"{ENDED}stopped by \xff: at 3\n", False, "stopped by \ufffd: at 3"),
     (f"{ENDED}stopped by SIGTERM\nresumed at step 1\n", False, "")])
 def test_the_last_complete_lines_tell_whether_a_run_is_finished_and_why_it_failed(path, end, finished, reason):
     """The same lines in the code, far above, do not count."""
-    path.write_text(PEAK + DIVERGED + 400 * "the text of the program\n" + end)
+    path.write_text(PEAK + DIVERGED + 400 * "the text of the program\n" + end, encoding="latin-1")  # \xff is not UTF-8
     assert run_log.is_finished(path) == finished and run_log.failure_reason(path) == reason
-
-
-def test_last_complete_line_of_a_kind(path):
-    assert not run_log.is_finished(path) and run_log.last_line(path, "step:") == ""  # no log
-    path.write_bytes(b"step:1/4\nstep:2/4 \xff\nended: why\nstep:3/4")
-    lines = [run_log.last_line(path, kind) for kind in ("step:", "ended: ", "peak")]
-    assert lines == ["step:2/4 \ufffd", "ended: why", ""]
-
-
-def test_a_line_is_in_the_file_as_soon_as_it_is_written(path, capsys):
-    log, silent = RunLog(path), RunLog(None)  # the second as on ranks above 0
-    for each in (log, silent):
-        each.line("for both, with \udce9 of a file's name")
-        each.to_file("for the file")
-    silent.write_header("code", {})
-    silent.train_line(25, 50, 10.0)
-    silent.end("finished")
-    assert path.read_text() == "for both, with \\udce9 of a file's name\nfor the file\n"
-    assert capsys.readouterr().out == "for both, with \\udce9 of a file's name\n"
 
 
 @pytest.mark.parametrize("output, printed", [(">&-", ""), ("| true", ""), ("", "x\\xe9\\udce9\ny\n")])
@@ -73,24 +53,17 @@ def test_printing_survives_an_output_that_is_closed_or_ascii_and_a_pipe_that_nob
     assert (result.stdout, result.stderr) == (printed, "z")
 
 
-def test_the_output_has_every_25th_training_step_and_the_log_all(path, capsys):
+def test_the_output_has_every_25th_training_step_and_the_log_all_at_once(path, capsys):
     """test_launch.py shows the bar that replaces them on a terminal."""
     log = RunLog(path)
     log.show_progress(50, 0)
     for step in range(1, 51):
         log.train_line(step, 50, step * 10.0)
-    log.line("validation")
-    assert [line.step for line in parse_step_lines(path.read_text())] == list(range(1, 51))
-    assert capsys.readouterr().out.splitlines() == [
-        format_step_line(25, 50, 250.0), format_step_line(50, 50, 500.0), "validation"]
-
-
-def test_the_header_and_the_last_line_say_when_and_where(path):
-    log, now = RunLog(path), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d on \S+"
-    log.write_header("x = 1", {"lr": 0.3}, "Running Python", "a map")
-    log.end("why")
-    assert read_header(path) == ("x = 1", {"lr": 0.3})
-    assert re.search(rf"=\nRunning Python\na map\nstarted: {now}\n=+\nended: {now}: why\n$", path.read_text())
+    log.line("a file's name with \udce9")
+    text = path.read_text()  # before the log is closed
+    assert [line.step for line in parse_step_lines(text)] == list(range(1, 51))
+    assert text.endswith("\na file's name with \\udce9\n") and capsys.readouterr().out.splitlines() == [
+        format_step_line(25, 50, 250.0), format_step_line(50, 50, 500.0), "a file's name with \\udce9"]
 
 
 @pytest.mark.parametrize("taken, expected", [
@@ -122,20 +95,20 @@ def test_a_run_that_starts_over_keeps_a_copy_of_its_results_but_not_of_a_header_
 @pytest.mark.parametrize("changed, end, change", [
     ({"seed": 1, "run_id": 1, "description": "b", "code": "x = 1  # one"}, PEAK, ""), ({"lr": 0.1}, ENDED, ""),
     ({"lr": 0.1}, PEAK, "lr was 0.3 and is 0.1"), ({"lr": 0.1}, DIVERGED, "lr was 0.3 and is 0.1"),
-    ({"width": 256}, PEAK, "width was null and is 256"), ({"code": "x = 2"}, PEAK, "the code has changed"),
+    ({"code": "x = 2"}, PEAK, "the code has changed"),
     ({"train_data": [["a", 9]]}, PEAK, 'train_data was [["a", 8]] and is [["a", 9]]')])
 def test_a_finished_run_of_another_experiment_is_named_with_a_command_that_moves_it(tmp_path, changed, end, change):
     """The command gives the folder the first free number."""
-    folder, taken, free = (tmp_path / f"it's add_2{ending}" for ending in ("", ".1", ".2"))
-    for made in [folder] + [taken] * (end == DIVERGED):
+    folder, log = tmp_path / "it's add_2", tmp_path / "it's add_2" / "000.txt"
+    for made in (folder, tmp_path / "it's add_2.1"):
         made.mkdir()
-    log, then = RunLog(folder / "000.txt"), dict(seed=0, run_id=0, description="a", lr=0.3, train_data=[["a", 8]])
-    log.write_header("x = 1", then, "Running Python")
-    log.to_file(end[:-1])
-    with pytest.raises(ValueError) if change else nullcontext() as error:
-        check_finished_runs(folder, then | {"code": "x = 1"} | changed)
+    then = dict(seed=0, run_id=0, description="a", lr=0.3, train_data=[["a", 8]])
+    log.write_text(f"{format_header('x = 1', then, 'Running Python')}\n{end}")
+    identity = then | {"code": "x = 1"} | changed
     if change:
-        assert str(error.value).startswith(f"{log.path}: ") and f": {change}; give the config" in str(error.value)
+        beginning = re.escape(f"{log}: finished as another experiment: {change}; give the config another name")
+        with pytest.raises(ValueError, match=f"^{beginning}") as error:
+            check_finished_runs(folder, identity)
         subprocess.run(str(error.value).rpartition("folder: ")[2], shell=True, check=True)
-        check_finished_runs(folder, then | {"code": "x = 1"} | changed)
-    assert (folder.exists(), taken.exists(), free.exists()) == (not change, change != "", end == DIVERGED)
+        assert not folder.exists() and (tmp_path / "it's add_2.2/000.txt").exists()
+    check_finished_runs(folder, identity)
