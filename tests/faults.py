@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time  # noqa: F401 (for faults)
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (imported by the first optimizer, for seconds)
+from torch.distributed.elastic.utils.distributed import get_free_port  # noqa: E402
 
 import train_gpt_medium as train  # noqa: E402
 from logs import checkpoint, run_log  # noqa: E402, F401 (for faults)
@@ -101,12 +101,6 @@ def run_rank(arguments, folder, fault, environment):
     sys.exit(train.main(arguments))
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
-
-
 class Ranks:
     """The program's ranks, forked from a process that has imported it: seconds sooner than under torchrun.
 
@@ -119,7 +113,7 @@ class Ranks:
         self.folder, self.processes, environment = Path(folder), [], dict(environment)
         self.folder.mkdir(exist_ok=True)
         if ranks > 1:
-            environment |= dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=free_port(),
+            environment |= dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(get_free_port()),
                                 TORCHELASTIC_RUN_ID="test")
         for number in range(ranks):
             own = [*map(str, arguments), *(options_of_last if number == ranks - 1 else [])]
