@@ -6,7 +6,7 @@ from pathlib import Path
 
 from logs.log_format import ROOT, parse_step_lines, split_log
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS, MAX_BARS = "▁▂▃▄▅▆▇█", 80
 
 
 def estimate(steps: range, val_loss_every: int, step_s: float, validation_s: float) -> str:
@@ -31,7 +31,8 @@ def validations(log: Path) -> dict[int, float]:
 
 
 def sparkline(losses: list[float]) -> str:
-    """Draw a bar per validation after step 0: the first ones would flatten the others."""
+    """Draw a bar for each loss, or for every n-th up to the last: `last_line` must find the lines before this one."""
+    losses = losses[:: -(len(losses) // MAX_BARS + 1)][::-1]
     low, high = min(losses), max(losses)
     return "".join(BARS[round((len(BARS) - 1) * (loss - low) / ((high - low) or 1))] for loss in losses)
 
@@ -41,7 +42,7 @@ def describe_end(log: Path, scale: str, num_iterations: int) -> str:
     losses, published = validations(log), ROOT / "logs/published" / Path(scale).stem
     known = [found[num_iterations] for found in map(validations, sorted((published / log.parent.name).glob("*.txt")))
              if found and max(found) == num_iterations]
-    curve, lines = [loss for step, loss in losses.items() if step], []
+    curve, lines = [loss for step, loss in losses.items() if step], []  # the loss at step 0 would flatten the others
     if curve:
         lines.append(f"validations after step 0: {sparkline(curve)} from {curve[0]:.4f} to {curve[-1]:.4f}")
     if known:
