@@ -136,9 +136,6 @@ class Ranks:
     def output(self, name="stdout"):
         return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{name}.*")))
 
-    def complaints(self):
-        return [line for line in self.output("stderr").splitlines() if line.startswith("train_gpt_medium.py: ")]
-
 
 if __name__ == "__main__":
     exec(os.environ["FAULT"])
