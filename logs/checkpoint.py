@@ -97,9 +97,7 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
 def is_finite_everywhere(model: nn.Module, optimizers: Iterable[Optimizer]) -> bool:
     """Return whether all weights and optimizer states of all ranks are finite, on every rank."""
     states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
-    num_bad_ranks = torch.tensor(int(not is_finite([*model.parameters(), *states])))
-    dist.all_reduce(num_bad_ranks)
-    return not num_bad_ranks.item()
+    return all(gather(is_finite([*model.parameters(), *states])))
 
 
 def states_of(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
