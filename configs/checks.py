@@ -7,6 +7,7 @@ An entry of the map is a list of layers, which stands for a table with a row per
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from configs.config import error_context
 from data.cached_fineweb10B import num_shards_needed
 from data.loader import check_stream
 from data.shards import fingerprint
+from logs.run_log import plural
 
 NUM_LAYERS = 16
 NO_ATTENTION_LAYER = 7  # it has no values to which a value embedding could be added
@@ -63,13 +65,17 @@ def check_betas(betas: list) -> list[float]:
     return [float(beta) for beta in betas]
 
 
-def check_inline_table(table: dict[str, Any], has_rows: dict[str, bool]) -> None:
-    """Raise ValueError for a missing or unknown key, or an impossible source, number of rows or of heads."""
+def check_entry(entry: list | dict, has_rows: dict[str, bool]) -> list | dict:
+    """Return an entry without defaults and in a fixed order; a plain table is its list of layers.
+
+    `has_rows` tells for each kind of source whether an entry may set its rows. Raises ValueError for a mistake.
+    """
+    table = entry if isinstance(entry, dict) else {"layers": entry}
     if unknown := [name for name in table if name not in Source._fields]:
         raise ValueError(f"unknown key {unknown[0]}; use {', '.join(Source._fields)}")
     if "layers" not in table:
         raise ValueError("layers is missing; list the layers, as in {layers = [0, 13]}")
-    kind = table.get("source", "token")
+    layers, kind = table["layers"], table.get("source", "token")
     if kind not in list(has_rows):  # a list: an unhashable kind is unknown too
         raise ValueError(f"source {json.dumps(kind, default=str)} does not exist; use {' or '.join(has_rows)}")
     if "rows" in table and not has_rows[kind]:
@@ -77,32 +83,24 @@ def check_inline_table(table: dict[str, Any], has_rows: dict[str, bool]) -> None
     for name, least, most in (("rows", 2, 2**31), ("heads", 1, 256)):
         if type(value := table.get(name, least)) is not int or not least <= value <= most:
             raise ValueError(f"{name} is {json.dumps(value, default=str)}; use an integer from {least} to {most}")
+    if not isinstance(layers, list) or not layers:
+        shown = json.dumps(layers, default=str)
+        raise ValueError(f"{shown} is not a list of layers; list the layers that use it, as in [0, 13]")
+    check_layers(layers)
+    values = Source(**table)._asdict().items()
+    short = {name: value for name, value in values if value != Source._field_defaults.get(name)}
+    return layers if len(short) == 1 else short
 
 
 def check_entries(entries: list, has_rows: dict[str, bool]) -> list[list | dict]:
-    """Return the map with each entry in its shortest form. Raises ValueError for an impossible entry.
-
-    `has_rows` tells for each kind of source whether an entry may set its rows.
-    """
+    """Return the map with each entry as from `check_entry`. Raises ValueError for an impossible entry."""
     if entries and all(isinstance(entry, int) for entry in entries):
         raise ValueError(f"{entries} is a list of layers, not of tables; for one table write [{entries}]")
+    checked = []
     for k, entry in enumerate(entries):
         with error_context(f"entry {k}"):
-            if isinstance(entry, dict):
-                check_inline_table(entry, has_rows)
-            layers = entry["layers"] if isinstance(entry, dict) else entry
-            if not isinstance(layers, list) or not layers:
-                shown = json.dumps(layers, default=str)
-                raise ValueError(f"{shown} is not a list of layers; list the layers that use it, as in [0, 13]")
-            check_layers(layers)
-    return [shorten(entry) for entry in entries]
-
-
-def shorten(entry: list | dict) -> list | dict:
-    """Return an entry without the default source and in a fixed order; a plain table is its list of layers."""
-    table = read_entry(entry)._asdict()
-    short = {name: value for name, value in table.items() if value is not None and (name, value) != ("source", "token")}
-    return short["layers"] if list(short) == ["layers"] else short
+            checked.append(check_entry(entry, has_rows))
+    return checked
 
 
 def check_sources(entries: list, only: list[int], num_heads: int, scale: str) -> None:
@@ -123,10 +121,11 @@ def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
     Args: the map; the layers without values of their own; heads as for `num_source_heads`.
     """
     sources = [read_entry(entry) for entry in entries]
-    noun = "table" if all(source.source == "token" for source in sources) else "source"
     letters = {s.source: "o" if s.source == "token" else s.source[0] for s in sources}
-    legend = ", ".join(f"{letter} {kind}" for kind, letter in letters.items())
-    lines = [f"value embeddings: {len(sources)} {noun}{'s' * (len(sources) != 1)}{f' ({legend})' * (noun == 'source')}"]
+    noun, legend = "table", ""
+    if set(letters) - {"token"}:
+        noun, legend = "source", f" ({', '.join(f'{letter} {kind}' for kind, letter in letters.items())})"
+    lines = [f"value embeddings: {plural(len(sources), noun)}{legend}"]
     heads = [num_source_heads(source, num_heads, scale) for source in sources]
     lines += [f"  {noun} {k} adds to {n} of {num_heads} heads" for k, n in enumerate(heads) if n < num_heads]
     for layer in range(NUM_LAYERS):
@@ -141,11 +140,12 @@ def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
 
 def count_parameters(groups: list[dict[str, Any]]) -> str:
     """Count the parameters of each name of the optimizers' groups, and the memory of the tables."""
-    counts: dict[str, int] = {}
-    for group in (group for group in groups if group["params"]):
-        counts[group["name"]] = counts.get(group["name"], 0) + sum(p.numel() for p in group["params"])
-    table_mb = 4 * 2e-6 * counts.get("value_embeds.*.weight", 0)
-    return "\n".join([f"parameters: {sum(counts.values()):,}", *(f"{n:>15,}  {name}" for name, n in counts.items()),
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts[group["name"]] += sum(p.numel() for p in group["params"])
+    table_mb = 4 * 2e-6 * counts["value_embeds.*.weight"]
+    lines = [f"{count:>15,}  {name}" for name, count in counts.items() if count]
+    return "\n".join([f"parameters: {counts.total():,}", *lines,
                       f"tables: {table_mb:,.1f} MB per GPU in bf16, with gradients and AdamW's two states"])
 
 
@@ -169,7 +169,7 @@ def warn_of_lengths(train_seq_len: int, val_seq_len: int, max_window: int) -> st
 def valid_world_sizes(sequences_per_step: int, num_val_sequences: int) -> list[int]:
     """Return every number of ranks that divides the sequences of a step and of a validation."""
     shares = math.gcd(sequences_per_step, num_val_sequences)
-    return [n for n in range(1, min(shares, 1024) + 1) if shares % n == 0]
+    return [n for n in range(1, 1025) if shares % n == 0]
 
 
 def check_world_size(world_size: int, sequences_per_step: int, num_val_sequences: int, run_id: int | None) -> None:

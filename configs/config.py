@@ -4,13 +4,13 @@ Make each field of the dataclass with `key`, which states its meaning and its li
 of one line: file or option, key, fault and fix.
 """
 
-import argparse
 import difflib
 import json
 import math
 import os
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,24 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-# A new type of key takes one line here: the name of its values, and a test for them. A list's entries are checked by
-# the key's own `check`.
-TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    int: ("an integer", lambda value: type(value) is int),
-    int | None: ("an integer", lambda value: type(value) is int),
-    float: ("a number", lambda value: type(value) in (int, float)),
-    bool: ("true or false", lambda value: type(value) is bool),
-    str: ("a string", lambda value: type(value) is str),
-    list: ("a list", lambda value: type(value) is list),
+from logs.log_format import ROOT
+
+# A new type of key takes one line here: the name of its values, and their types. The key's own `check` checks a list's
+# entries.
+TYPES: dict[Any, tuple[str, set[type]]] = {
+    int: ("an integer", {int}),
+    int | None: ("an integer", {int}),
+    float: ("a number", {int, float}),
+    bool: ("true or false", {bool}),
+    str: ("a string", {str}),
+    list: ("a list", {list}),
 }
 
 
 def key(default: Any, meaning: str, *, min: float = -math.inf, max: float = math.inf, multiple_of: int = 1,
         check: Callable[[Any], Any] = lambda value: value, scale: bool = False) -> Any:
-    """Make the field of a config key.
-
-    Args: its default, its meaning, a number's limits, and whether a scale may set it. `check` returns the value,
-        normalized if need be, or raises ValueError.
-    """
-    limits = dict(min=min, max=max, multiple_of=multiple_of)
-    metadata = dict(meaning=meaning, limits=limits, check=check, scale=scale)
+    """Make the field of a config key. `check` returns the value, normalized if need be, or raises ValueError."""
+    metadata = dict(meaning=meaning, limits=(min, max, multiple_of), check=check, scale=scale)
     return field(default_factory=lambda: default, metadata=metadata)
 
 
@@ -56,29 +53,20 @@ def error_context(source: str) -> Iterator[None]:
         raise ValueError(f"{source}: {error}") from None
 
 
-# -----------------------------------------------------------------------------
-# Values
-
-
-def check_limits(value: float, min: float, max: float, multiple_of: int) -> None:
-    """Raise ValueError if a number is outside its range. NaN is outside every range."""
-    if not value >= min:
-        raise ValueError(f"{value} is too small; use at least {min}")
-    if not value <= max:
-        raise ValueError(f"{value} is too large; use at most {max}")
-    if isinstance(value, int) and value % multiple_of:
-        raise ValueError(f"{value} is not a multiple of {multiple_of}; use {-(-value // multiple_of) * multiple_of}")
-
-
 def check_value(f: Field, value: Any) -> Any:
     """Return the normalized value of one key. Raises ValueError if its type or value is wrong."""
-    if f.type not in TYPES:
-        raise ValueError(f"unknown type {f.type}; add a line to TYPES in configs/config.py")
-    name, has_type = TYPES[f.type]
-    if not has_type(value):
+    name, types = TYPES[f.type]
+    if type(value) not in types:
         raise ValueError(f"expected {name}, found {json.dumps(value, default=str)}")
+    least, most, multiple_of = f.metadata["limits"]
     if isinstance(value, (int, float)):
-        check_limits(value, **f.metadata["limits"])
+        if not value >= least:  # NaN is outside every range
+            raise ValueError(f"{value} is too small; use at least {least}")
+        if value > most:
+            raise ValueError(f"{value} is too large; use at most {most}")
+        if isinstance(value, int) and value % multiple_of:
+            rounded_up = -(-value // multiple_of) * multiple_of
+            raise ValueError(f"{value} is not a multiple of {multiple_of}; use {rounded_up}")
     return f.metadata["check"](float(value) if f.type is float else value)
 
 
@@ -96,10 +84,6 @@ def check_log_dir(folder: Path) -> None:
         raise ValueError(f"log_dir: cannot write logs below {existing}; set log_dir to a writable folder")
 
 
-# -----------------------------------------------------------------------------
-# Files and options
-
-
 def suggest(name: str, known: Sequence[str], form: str = "{}", otherwise: str = "") -> str:
     """Return the known name that is spelled similarly, written in `form`; if there is none, name all."""
     similar = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
@@ -110,7 +94,7 @@ def read_config(cls: type, path: Path, is_scale: bool = False) -> dict[str, Any]
     """Return the checked keys of a flat TOML file. Raises ValueError naming the file, the key and the fix."""
     if not path.is_file():
         folder = "configs/scales" if is_scale else "configs"
-        known = [file.stem for file in (Path(__file__).parent.parent / folder).glob("*.toml")]
+        known = [file.stem for file in (ROOT / folder).glob("*.toml")]
         raise ValueError(f"{path}: not a file; " + suggest(path.stem, known, folder + "/{}.toml", folder + "/*.toml"))
     with error_context(str(path)):
         try:
@@ -133,27 +117,23 @@ def read_override(f: Field, text: str) -> Any:
     with error_context(f"--{f.name}"):
         if f.type is str:
             return check_value(f, text)
-        try:
+        parsed = {}
+        with suppress(ValueError, RecursionError):
             parsed = tomllib.loads(f"value = {text}")
-        except (ValueError, RecursionError):
-            parsed = {}
         if list(parsed) != ["value"]:
-            example = f"; close its brackets and quote it: --{f.name} '{json.dumps(f.default_factory())}'"
-            hint = example if text.startswith("[") else ""
+            example = f"--{f.name} '{json.dumps(f.default_factory())}'"
+            hint = f"; close its brackets and quote it: {example}" if text.startswith("[") else ""
             raise ValueError(f"expected {TYPES[f.type][0]}, found {json.dumps(text)}{hint}")
         return check_value(f, parsed["value"])
 
 
 def scale_path(scale: str) -> Path:
     """Return the file of a scale: a path ending in .toml, or a name in configs/scales."""
-    return Path(scale) if scale.endswith(".toml") else Path(__file__).parent / "scales" / f"{scale}.toml"
+    return Path(scale) if scale.endswith(".toml") else ROOT / "configs" / "scales" / f"{scale}.toml"
 
 
 def load(cls: type, config: Path, overrides: dict[str, str]) -> Any:
-    """Return an instance of `cls`: options win over the scale, the scale over the config, the config over defaults.
-
-    Raises ValueError as the readers do.
-    """
+    """Return an instance of `cls`: options win over the scale, the scale over the config, the config over defaults."""
     values = read_config(cls, config)
     options = {f.name: read_override(f, overrides[f.name]) for f in fields(cls) if f.name in overrides}
     if scale := options.get("scale", values.get("scale", "")):
@@ -162,39 +142,33 @@ def load(cls: type, config: Path, overrides: dict[str, str]) -> Any:
     return cls(**values | options)
 
 
-class OneLineParser(argparse.ArgumentParser):
+class OneLineParser(ArgumentParser):
     """Raise an ArgumentParser's complaints as ValueErrors, so that they are reported in one line, too."""
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; {' '.join(self.format_usage().split())}, see --help")
 
 
-def parse_command_line(
-    cls: type, arguments: Sequence[str], about: str
-) -> tuple[list[Path], dict[str, str], argparse.Namespace]:
+def parse_command_line(cls: type, arguments: Sequence[str], about: str) -> tuple[list[Path], dict[str, str], Namespace]:
     """Return the configs, the text of each overridden key, and the options `check` and `json`.
 
     Raises ValueError for an unknown option, a missing config, or a word that is not a config. Answers --help and exits.
     """
     parser = OneLineParser(usage="%(prog)s CONFIG.toml [--KEY VALUE ...] [--check]", allow_abbrev=False,
-                           description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", metavar="CONFIG.toml", nargs="+", type=Path)
+                           description=about, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("configs", metavar="CONFIG.toml", nargs="+" if "--json" in arguments else 1, type=Path)
     parser.add_argument("--check", action="store_true", help="check config and data, draw the map, and exit")
-    parser.add_argument("--json", action="store_true", help="with --check: print a JSON object for each config")
+    parser.add_argument("--json", action="store_true", help="check, and print a JSON object for each config")
     for f in fields(cls):
         default, meaning = f.default_factory(), f.metadata["meaning"]
         shown = "" if default in ("", None) else f" (default: {json.dumps(default)})"
-        parser.add_argument(f"--{f.name}", metavar="VALUE", default=argparse.SUPPRESS, help=meaning + shown)
-    namespace, unknown = parser.parse_known_args(arguments)
-    overrides = vars(namespace)
-    configs = overrides.pop("configs")
-    options = argparse.Namespace(check=overrides.pop("check"), json=overrides.pop("json"))
+        parser.add_argument(f"--{f.name}", metavar="VALUE", default=SUPPRESS, help=meaning + shown)
+    options, unknown = parser.parse_known_args(arguments)
+    names = [f.name for f in fields(cls)]
     if unknown and unknown[0].startswith("-"):
-        option, names = unknown[0].partition("=")[0], [f.name for f in fields(cls)]
+        option = unknown[0].partition("=")[0]
         raise ValueError(f"{option}: unknown key; {suggest(option.lstrip('-'), names, '--{}')}")
-    if options.json and not options.check:
-        raise ValueError("--json: needs --check; add it")
-    if words := [str(c) for c in configs if c.suffix != ".toml" or not options.json and c in configs[1:]] + unknown:
+    if words := [str(path) for path in options.configs if path.suffix != ".toml"] + unknown:
         raise ValueError(f"unexpected argument {words[0]}: name a config by its .toml file, set a key with "
                          "--KEY VALUE, and quote a VALUE with brackets, spaces or *")
-    return configs, overrides, options
+    return options.configs, {name: getattr(options, name) for name in names if name in options}, options

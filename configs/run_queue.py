@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     with error_context("--notify"):
         options.notify = shlex.split(options.notify)
     wrong = [word for word in words if re.match("-[^-0-9]|--json", word)]
-    if wrong := wrong or [word for word in options.notify[:1] if not shutil.which(word)]:
+    wrong += [word for word in options.notify[:1] if not shutil.which(word)]
+    if wrong:
         raise ValueError(f"{wrong[0]}: no such option or command; quote COMMAND, as in --notify 'mail -s done me'")
     configs, overrides, rest = [], [], iter(words)
     for word in rest:
@@ -87,14 +89,15 @@ def check_runs(experiments: list[SimpleNamespace], num_runs: int) -> None:
 
 def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_check: bool) -> list[SimpleNamespace]:
     """Run the commands that fetch missing data, each once; describe the configs anew. Raises ValueError on failure."""
-    tried: list[list[str]] = []
+    tried = []
     while missing := [e for e in experiments if e.fetch]:
-        e, command = missing[0], shlex.join(["python", *missing[0].fetch])
-        if only_check or e.fetch in tried:
-            raise ValueError(f"{e.config}: data is missing; fetch it with: {command}")
-        tried.append(e.fetch)
+        config, fetch = missing[0].config, missing[0].fetch
+        command = shlex.join(["python", *fetch])
+        if only_check or fetch in tried:
+            raise ValueError(f"{config}: data is missing; fetch it with: {command}")
+        tried.append(fetch)
         say(f"run.sh: {command}")
-        if subprocess.call([sys.executable, *e.fetch], preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
+        if subprocess.call([sys.executable, *fetch], preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
             raise ValueError(f"{command} failed; see the lines above")
         experiments = describe([e.config for e in experiments], overrides)
     return experiments
@@ -152,9 +155,9 @@ class Queue:
                 signal.signal(number, lambda number, frame: self.signals.append(number))
         runs, seconds = [], []
         for run_id, e in itertools.product(run_ids, experiments):
-            log = Path(e.log_folder, f"{run_id:03d}.txt")
+            log, e.program = Path(e.log_folder, f"{run_id:03d}.txt"), read_program(e)
             if not run_log.is_finished(log):
-                runs.append((e, log, read_program(e)))
+                runs.append((e, log))
                 continue
             self.outcomes[log] = run_log.failure_reason(log)
             run_log.remove_leftover(log)
@@ -162,15 +165,15 @@ class Queue:
             seconds += [line.train_time_ms / 1000 for line in log_format.parse_step_lines(last)]
         if not runs:
             say(f"run.sh: {run_log.plural(len(self.outcomes), 'run')} already finished; for more raise -n")
-        for number, (e, log, program) in enumerate(runs, 1):
+        for number, (e, log) in enumerate(runs, 1):
             if self.signals:
                 break
-            began, mean_s, name = time.time(), sum(seconds) / max(len(seconds), 1), f"run {number} of {len(runs)}"
+            began, mean_s, name = time.time(), statistics.fmean(seconds or [0]), f"run {number} of {len(runs)}"
             end = time.strftime("%Y-%m-%d %H:%M", time.localtime(began + mean_s * (len(runs) - number + 1)))
             say(f"run.sh: {name}: {log}; projected end {end if mean_s else 'unknown until a run has finished'}; "
                 f"{e.num_ranks} of {e.devices} {e.device_kind}")
             self.write_state(run=number, runs=len(runs), log=os.path.abspath(log), mean_s=mean_s)
-            why = self.train_run(e, log, overrides) if read_program(e) == program else EDITED
+            why = self.train_run(e, log, overrides) if read_program(e) == e.program else EDITED
             if not why:
                 seconds.append(time.time() - began)
             elif not run_log.is_finished(log) and not self.signals:
