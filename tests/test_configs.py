@@ -1,5 +1,9 @@
-"""configs/*.toml: each config is what its name says, and every one works at every scale."""
+"""configs/*.toml and configs/config.py: each config is what the README says; options, scales and defaults.
 
+test_mistakes.py has the mistakes.
+"""
+
+import re
 from pathlib import Path
 
 import pytest
@@ -7,53 +11,40 @@ from helpers import ROOT
 
 import train_gpt_medium as train
 from configs.checks import valid_world_sizes
-from configs.config import load
-
-
-def pairs(count):
-    """So many tables, each of one of the first layers and one of the last, in the same order."""
-    return [[k, 16 - count + k] for k in range(count)]
-
+from configs.config import load, parse_command_line
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
-# Configs that a user adds are not checked here.
-MAPS = {
-    "baseline": BASELINE, "none": [], "add_1": pairs(4), "add_2": pairs(5), "add_3": pairs(6), "add_4": pairs(7),
-    "add_5": [[0, 8], [1, 9], [2, 10], [3, 11], [4, 12], [5, 13], [6, 14], [15]],
-    "add_15": [[0, 12], [1, 13], [2, 14], [15]],
-    "shift_1": [[1, 13], [2, 14], [3, 15]], "shift_2": [[2, 13], [3, 14], [4, 15]],
-    "share_01_1415": [[0, 1], [14, 15]], "share_012_131415": [[0, 1, 2], [13, 14, 15]],
-    "mirror_3": [[0, 15], [1, 14], [2, 13]], "mirror_5": [[0, 15], [1, 14], [2, 13], [3, 12], [4, 11]],
-    "record_baseline": BASELINE, "record_add_1": pairs(4), "record_add_2": pairs(5), "record": pairs(5),
-    "pool_5": 5 * [[0, 1, 2, 3, 12, 13, 14, 15]], "pairs_4x2": [pair for pair in pairs(4) for _ in range(2)],
-    "untied_6": [[0], [1], [2], [13], [14], [15]], "alternate": [[1], [3], [5], [9], [11], [13], [15]],
-    "gate": BASELINE, "gate_add_2": pairs(5), "zero_init": BASELINE, "small_init": BASELINE, "lr_0.1": BASELINE,
-}
-LAYERS = [0, 1, 2, 13, 14, 15]
-MAPS |= {
-    "bigram": [*BASELINE, {"layers": LAYERS, "source": "bigram"}],
-    "bigram_alone": [{"layers": LAYERS, "source": "bigram"}],
-    "bigram_narrow": [*BASELINE, {"layers": LAYERS, "source": "bigram", "heads": 1}],
-    "linear_3": [{"layers": pair, "source": "embedding"} for pair in BASELINE],
-    "linear_and_tables": [*BASELINE, *({"layers": pair, "source": "embedding"} for pair in BASELINE)],
-    "only_13_14_15": BASELINE, "only_last_six": [[layer] for layer in range(10, 16)],
-    "narrow_3": [{"layers": pair, "heads": 4} for pair in BASELINE], "decay": BASELINE, "slow_betas": BASELINE,
-}
-for removed in ("0", "1", "2", "13", "14", "15", "0_1", "0_1_2", "0_13", "1_14", "2_15", "0_14", "1_13", "0_15", "2_13",
-                "1_15", "2_14"):
-    rest = ([layer for layer in table if str(layer) not in removed.split("_")] for table in BASELINE)
-    MAPS[f"remove_{removed}"] = [table for table in rest if table]
-AS_TIMED = dict(coordinate_descent_tuning=False)
+BIGRAM = {"layers": [0, 1, 2, 13, 14, 15], "source": "bigram"}
+LINEAR = [{"layers": pair, "source": "embedding"} for pair in BASELINE]
+PAIRS_5 = [[0, 11], [1, 12], [2, 13], [3, 14], [4, 15]]
+# The keys of the configs whose map is not in configs/README.md. Configs that a user adds are not checked here.
 KEYS = {
-    "record_baseline": AS_TIMED, "record_add_1": AS_TIMED, "record_add_2": AS_TIMED,
-    "record": AS_TIMED | dict(num_iterations=5820),
-    "gate": dict(value_embedding_gate=True), "gate_add_2": dict(value_embedding_gate=True),
-    "zero_init": dict(value_embedding_std=0.0), "small_init": dict(value_embedding_std=0.01),
-    "lr_0.1": dict(value_embedding_lr=0.1), "only_13_14_15": dict(value_embeddings_only=[13, 14, 15]),
-    "only_last_six": dict(value_embeddings_only=[10, 11, 12, 13, 14, 15], value_embedding_lr=0.15),
-    "decay": dict(value_embedding_weight_decay=0.0075), "slow_betas": dict(value_embedding_betas=[0.8, 0.995]),
+    "none": dict(value_embeddings=[]),
+    "pool_5": dict(value_embeddings=5 * [[0, 1, 2, 3, 12, 13, 14, 15]]),
+    "pairs_4x2": dict(value_embeddings=[[0, 12], [0, 12], [1, 13], [1, 13], [2, 14], [2, 14], [3, 15], [3, 15]]),
+    "untied_6": dict(value_embeddings=[[0], [1], [2], [13], [14], [15]]),
+    "alternate": dict(value_embeddings=[[1], [3], [5], [9], [11], [13], [15]]),
+    "gate": dict(value_embedding_gate=True),
+    "gate_add_2": dict(value_embeddings=PAIRS_5, value_embedding_gate=True),
+    "zero_init": dict(value_embedding_std=0.0),
+    "small_init": dict(value_embedding_std=0.01),
+    "lr_0.1": dict(value_embedding_lr=0.1),
+    "bigram": dict(value_embeddings=[*BASELINE, BIGRAM]),
+    "bigram_alone": dict(value_embeddings=[BIGRAM]),
+    "bigram_narrow": dict(value_embeddings=[*BASELINE, BIGRAM | {"heads": 1}]),
+    "linear_3": dict(value_embeddings=LINEAR),
+    "linear_and_tables": dict(value_embeddings=[*BASELINE, *LINEAR]),
+    "only_13_14_15": dict(value_embeddings_only=[13, 14, 15]),
+    "only_last_six": dict(value_embeddings=[[10], [11], [12], [13], [14], [15]],
+                          value_embeddings_only=[10, 11, 12, 13, 14, 15], value_embedding_lr=0.15),
+    "narrow_3": dict(value_embeddings=[{"layers": pair, "heads": 4} for pair in BASELINE]),
+    "decay": dict(value_embedding_weight_decay=0.0075),
+    "slow_betas": dict(value_embedding_betas=[0.8, 0.995]),
+    "record": dict(value_embeddings=PAIRS_5, num_iterations=5820),
 }
-SCALES = ["", *(path.stem for path in (ROOT / "configs/scales").glob("*.toml"))]
+ROW = re.compile(r"^\| `(\w+)`[^|]*\| ([\d&, ]+) \|", re.MULTILINE)  # | `add_1` | 0&12, 1&13, 2&14, 3&15 | ... |
+for name, tables in ROW.findall((ROOT / "configs/README.md").read_text()):
+    KEYS.setdefault(name, dict(value_embeddings=[[*map(int, table.split("&"))] for table in tables.split(", ")]))
 
 
 def read(name, **options):
@@ -71,20 +62,18 @@ def test_the_defaults_are_the_published_baseline():
     assert {name: getattr(hp, name) for name in published} == published
 
 
-@pytest.mark.parametrize("name", MAPS)
-def test_a_config_is_the_baseline_but_for_the_map_and_keys_that_its_name_says(name):
+def test_no_config_of_the_repository_is_left_out():
+    assert len(KEYS) == 54
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_config_is_the_baseline_but_for_what_the_readme_says_and_passes_the_checks_at_every_scale(name):
     hp = read(name)
-    expected = train.Hyperparameters(description=hp.description, value_embeddings=MAPS[name], **KEYS.get(name, {}))
-    assert hp == expected and hp.description
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_a_config_passes_all_checks_but_those_of_data_at_every_scale(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for scale in SCALES:
-        hp = read(name, scale=scale)
-        train.check_run(hp, Path(f"{name}.toml"), 1)
-        assert hp.value_embeddings == MAPS[name]
+    assert hp == train.Hyperparameters(description=hp.description, **KEYS[name]) and hp.description
+    for scale in ("", "small", "tiny"):
+        scaled = read(name, scale=scale)
+        train.check_run(scaled, Path(f"{name}.toml"), world_size=1)
+        assert scaled.value_embeddings == hp.value_embeddings
 
 
 def test_the_scales_are_what_the_readme_says():
@@ -107,8 +96,7 @@ def test_a_validation_over_longer_distances_than_training_is_a_warning(keys, war
 
 
 @pytest.mark.parametrize("name, tables, scalars, gates", [
-    ("baseline", 3, 80, 0), ("none", 0, 80, 0), ("share_01_1415", 2, 80, 0), ("pool_5", 5, 80 + 8 * 4, 0),
-    ("pairs_4x2", 8, 80 + 8, 0), ("gate_add_2", 5, 80, 10 * 8 * 16)])
+    ("none", 0, 80, 0), ("pairs_4x2", 8, 80 + 8, 0), ("gate_add_2", 5, 80, 10 * 8 * 16)])
 def test_each_table_gate_and_lambda_is_counted_once(name, tables, scalars, gates):
     drawing = train.check_run(read(name), Path(f"{name}.toml"), 1).replace("tables: ", "tables:")
     total, *lines = drawing.partition("parameters: ")[2].replace(",", "").splitlines()
@@ -117,3 +105,31 @@ def test_each_table_gate_and_lambda_is_counted_once(name, tables, scalars, gates
                 "blocks.*.mlp.fc_w": 16 * 4 * 1024**2, "blocks.*.mlp.proj_w": 16 * 4 * 1024**2}
     assert [line.split() for line in lines[:-1]] == [[str(count), group] for group, count in expected.items() if count]
     assert int(total) == sum(expected.values())
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("num_iterations", "9_9", 99), ("cooldown_frac", "1", 1.0), ("seed", "7", 7), ("save_checkpoint", "true", True),
+    ("value_embeddings", "[[13, 0]]", [[13, 0]]), ("train_files", "5", "5"), ("log_dir", "~/a", f"{Path.home()}/a"),
+])
+def test_any_key_can_be_an_option_beside_several_configs_and_flags_in_any_order(name, text, value):
+    for words in ([f"--{name}={text}"], [f"--{name}", text]):
+        words = ["a.toml", "b.toml", "--check", "--json", *words]
+        configs, overrides, options = parse_command_line(train.Hyperparameters, words, "about")
+        found = getattr(read("baseline", **overrides), name)
+        assert (configs, found, type(found)) == ([Path("a.toml"), Path("b.toml")], value, type(value))
+        assert options.json and options.check
+
+
+def test_an_option_wins_over_the_scale_over_the_config_over_the_default(tmp_path):
+    """The file is as from Windows."""
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfscale = 'small'\r\nseed = 3\r\nnum_iterations = 1\r\n")
+    for options, num_iterations, num_heads in (({}, 2000, 4), (dict(scale="tiny", num_heads="2"), 160, 2),
+                                               (dict(scale=""), 1, 8)):
+        hp = load(train.Hyperparameters, tmp_path / "c.toml", options)
+        assert (hp.num_iterations, hp.num_heads, hp.seed) == (num_iterations, num_heads, 3)
+
+
+def test_help_explains_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_command_line(train.Hyperparameters, ["--help"], "about")
+    assert "--num_iterations VALUE training steps (default: 5960)" in " ".join(capsys.readouterr().out.split())
