@@ -26,12 +26,12 @@ def pytest_configure(config):
                    "gpu: needs a CUDA GPU; skipped elsewhere",
                    "campaign: shows something by many repetitions; only with -m campaign"):
         config.addinivalue_line("markers", marker)
+    expression = config.option.markexpr
+    if "campaign" not in expression:
+        config.option.markexpr = f"({expression}) and not campaign" if expression else "not campaign"
 
 
-def pytest_collection_modifyitems(config, items):
-    if "campaign" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=[item for item in items if "campaign" in item.keywords])
-        items[:] = [item for item in items if "campaign" not in item.keywords]
+def pytest_collection_modifyitems(items):
     for item in items if not torch.cuda.is_available() else []:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

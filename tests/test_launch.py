@@ -1,10 +1,8 @@
 """Test the real program as a user starts it: run.sh in a fresh clone, the queue killed and rerun, a terminal."""
 
 import os
-import random
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -30,26 +28,19 @@ def start(*command, cwd=ROOT):
     return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, text=True, **pipes)
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(160, marks=pytest.mark.campaign)])
-def test_without_arguments_run_sh_trains_the_baseline_at_scale_tiny_on_a_cpu(tmp_path, steps):
-    """In a fresh clone as on Windows, where it makes the data: stopped early, or until it beats byte frequencies."""
+def test_without_arguments_run_sh_trains_the_baseline_at_scale_tiny_on_a_cpu(tmp_path):
+    """In a fresh clone as on Windows, where it makes the data; stopped early."""
     clone, log = tmp_path / "clone", tmp_path / "clone/logs/tiny/baseline/000.txt"
     subprocess.run(["git", "clone", "--quiet", "--config", "core.autocrlf=true", ROOT, clone], check=True)
     process = start(clone / "run.sh", cwd=tmp_path)
-    while process.poll() is None and not (log.exists() and f"step:{steps}/160 train" in log.read_text()):
+    while process.poll() is None and not (log.exists() and "step:2/160 train" in log.read_text()):
         time.sleep(0.1)
-    if steps < 160:
-        process.terminate()
+    process.terminate()
     output, errors = process.communicate()
-    losses = list(val_losses(log.read_text()).values())
-    assert losses == list(val_losses(output).values()) == sorted(losses, reverse=True)
-    if steps < 160:
-        assert process.returncode == 143 and losses[0] > byte_frequency_loss(output)
-        assert errors == "run.sh: SIGTERM: stopping after this step or validation; Ctrl-C stops it now\n"
-        assert "stopped by SIGTERM in logs/tiny/baseline/000.txt, with a checkpoint; rerun" in output
-        assert log.with_name("000.resume.ckpt").exists()
-    else:
-        assert process.returncode == 0 and len(losses) == 5 and losses[-1] < byte_frequency_loss(output) - 1
+    assert process.returncode == 143 and val_losses(output)[0] > byte_frequency_loss(output)
+    assert errors == "run.sh: SIGTERM: stopping after this step or validation; Ctrl-C stops it now\n"
+    assert "stopped by SIGTERM in logs/tiny/baseline/000.txt, with a checkpoint; rerun" in output
+    assert log.with_name("000.resume.ckpt").exists() and val_losses(log.read_text()) == val_losses(output)
 
 
 def test_a_few_steps_of_tiny_learn_more_than_byte_frequencies(run_main, tmp_path):
@@ -85,19 +76,16 @@ def test_on_a_terminal_a_bar_replaces_the_training_lines(small_config, tmp_path)
     assert len(TRAIN_LINE.findall((tmp_path / "logs/small/000.txt").read_text())) == 2
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.campaign)])
-def test_a_killed_queue_ends_with_the_log_of_an_undisturbed_run(small_config, tmp_path, kills):
-    """Killed at a random step, every second time by SIGTERM; rerun with the same command."""
-    config = small_config(num_iterations=24 * kills, val_loss_every=12, val_seq_len=128, val_tokens=128,
+def test_a_killed_queue_ends_with_the_log_of_an_undisturbed_run(small_config, tmp_path):
+    """Rerun with the same command."""
+    config = small_config(num_iterations=24, val_loss_every=12, val_seq_len=128, val_tokens=128,
                           sequences_per_step=1, checkpoint_every=2)
-    log, rng = tmp_path / "logs" / "small" / "000.txt", random.Random(0)
-    for kill in range(kills):
-        process, line = start("./run.sh", config), f"step:{24 * kill + rng.randrange(2, 12)}/{24 * kills} train_time"
-        while not log.exists() or line not in log.read_text():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        process.send_signal((signal.SIGKILL, signal.SIGTERM)[kill % 2])
-        process.communicate()
+    log, process = tmp_path / "logs" / "small" / "000.txt", start("./run.sh", config)
+    while not log.exists() or "step:4/24 train_time" not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
     last = start("./run.sh", config)
     assert last.wait() == 0, last.communicate()
     undisturbed = Ranks(tmp_path / "output", config, "--run_id", 0, "--log_dir", tmp_path / "undisturbed")

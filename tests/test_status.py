@@ -4,14 +4,11 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import subprocess
-import sys
 
 import pytest
 
 from logs import status
-from logs.log_format import ROOT
 
 STEPS = ("step:0/5960 val_loss:10.825840 train_time:0ms step_avg:0.01ms\n"
          "step:1/5960 train_time:240ms step_avg:240.00ms\n"
@@ -58,6 +55,7 @@ def test_a_running_queue_before_and_after_its_first_step(tmp_path, queue, capsys
     ('{"pid": 1, "run": 1}\n', "was killed"), ('{"pid": 1}\n', "started no run"), ("", "started no run")])
 def test_a_queue_that_ended_was_killed_or_refused(tmp_path, monkeypatch, capsys, state, said):
     monkeypatch.setattr(status, "FOLDER", tmp_path)
+    assert lines(capsys) == ["no queue has run here"]
     (tmp_path / ".queue.node-1.json").write_text(state)
     with open(tmp_path / ".queue.node-1.json") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as another status does
@@ -91,17 +89,6 @@ def test_folders_behind_symbolic_links_are_searched_and_a_run_is_named_once(tmp_
     assert lines(capsys, folder)[1:] == lines(capsys, link)[1:] == ["one/000: out of memory"]
 
 
-def test_no_package_is_needed(tmp_path):
-    """Start Python without its installed packages, from another folder, where no queue has run."""
-    for module in ("__init__.py", "log_format.py", "run_log.py", "status.py"):
-        (tmp_path / "logs").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "logs" / module, tmp_path / "logs")
-    write_log(tmp_path / "logs", "one/000", f"{STEPS}{ENDED}out of memory\n")
-    command = [sys.executable, "-S", "-E", str(tmp_path / "logs" / "status.py")]
-    result = subprocess.run(command, cwd="/", capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("no queue has run here\none/000: out of memory\n", "")
-
-
 def test_a_process_is_known_until_it_ends(tmp_path):
     """A process that nobody has waited for is a zombie."""
     with subprocess.Popen(["sleep", "60"]) as process:
@@ -110,7 +97,3 @@ def test_a_process_is_known_until_it_ends(tmp_path):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert [*status.identify(process.pid), alive[2]] == alive != status.identify(os.getpid())
     assert status.identify(process.pid) == alive[:2]
-
-
-def test_a_folder_that_is_not_there(tmp_path, capsys):
-    assert status.main([f"{tmp_path}/nowhere"]) == 2 and f"{tmp_path}/nowhere: no such fold" in capsys.readouterr().err
