@@ -116,10 +116,7 @@ def check_sources(entries: list, only: list[int], num_heads: int, scale: str) ->
 
 
 def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
-    """Draw the layers from first to last, a column per source: its letter where a layer uses it, | between its uses.
-
-    Args: the map; the layers without values of their own; heads as for `num_source_heads`.
-    """
+    """Draw the layers from first to last, a column per source: its letter where a layer uses it, | between its uses."""
     sources = [read_entry(entry) for entry in entries]
     letters = {s.source: "o" if s.source == "token" else s.source[0] for s in sources}
     noun, legend = "table", ""

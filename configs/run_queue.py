@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -91,13 +90,12 @@ def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_ch
     """Run the commands that fetch missing data, each once; describe the configs anew. Raises ValueError on failure."""
     tried = []
     while missing := [e for e in experiments if e.fetch]:
-        config, fetch = missing[0].config, missing[0].fetch
-        command = shlex.join(["python", *fetch])
-        if only_check or fetch in tried:
-            raise ValueError(f"{config}: data is missing; fetch it with: {command}")
-        tried.append(fetch)
+        e, command = missing[0], shlex.join(["python", *missing[0].fetch])
+        if only_check or e.fetch in tried:
+            raise ValueError(f"{e.config}: data is missing; fetch it with: {command}")
+        tried.append(e.fetch)
         say(f"run.sh: {command}")
-        if subprocess.call([sys.executable, *fetch], preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
+        if subprocess.call([sys.executable, *e.fetch], preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
             raise ValueError(f"{command} failed; see the lines above")
         experiments = describe([e.config for e in experiments], overrides)
     return experiments
@@ -107,7 +105,9 @@ def lock(path: Path, operation: int) -> int:
     """Lock a queue's file and return its descriptor, after the run of a killed queue. Raises ValueError for another."""
     with error_context("cannot keep the queue's state; make its file writable"):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    for attempt in itertools.takewhile(lambda _: status.is_locked(file, operation), itertools.count()):
+    for attempt in itertools.count():
+        if not status.is_locked(file, operation):
+            return file
         state = status.read_state(path)
         pid, then, now = state.get("pid"), state.get("identity", []), status.identify(state.get("pid", 0))
         is_here = len(then) == 3 and then[:2] == now[:2]  # else, `pid` is another process in this container
@@ -118,7 +118,6 @@ def lock(path: Path, operation: int) -> int:
         if attempt == 10:  # a killed queue leaves the lock to its run's torchrun, which is stopping
             say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
         time.sleep(0.1)
-    return file
 
 
 class Queue:
@@ -156,19 +155,19 @@ class Queue:
         runs, seconds = [], []
         for run_id, e in itertools.product(run_ids, experiments):
             log, e.program = Path(e.log_folder, f"{run_id:03d}.txt"), read_program(e)
-            if not run_log.is_finished(log):
+            if run_log.is_finished(log):
+                self.outcomes[log] = run_log.failure_reason(log)
+                run_log.remove_leftover(log)
+                last = run_log.last_line(log, "step:")
+                seconds += [line.train_time_ms / 1000 for line in log_format.parse_step_lines(last)]
+            else:
                 runs.append((e, log))
-                continue
-            self.outcomes[log] = run_log.failure_reason(log)
-            run_log.remove_leftover(log)
-            last = run_log.last_line(log, "step:")
-            seconds += [line.train_time_ms / 1000 for line in log_format.parse_step_lines(last)]
         if not runs:
             say(f"run.sh: {run_log.plural(len(self.outcomes), 'run')} already finished; for more raise -n")
         for number, (e, log) in enumerate(runs, 1):
             if self.signals:
                 break
-            began, mean_s, name = time.time(), statistics.fmean(seconds or [0]), f"run {number} of {len(runs)}"
+            began, mean_s, name = time.time(), sum(seconds) / max(len(seconds), 1), f"run {number} of {len(runs)}"
             end = time.strftime("%Y-%m-%d %H:%M", time.localtime(began + mean_s * (len(runs) - number + 1)))
             say(f"run.sh: {name}: {log}; projected end {end if mean_s else 'unknown until a run has finished'}; "
                 f"{e.num_ranks} of {e.devices} {e.device_kind}")
@@ -193,11 +192,14 @@ class Queue:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--max-restarts=0",
                    "--local-addr=127.0.0.1", "--signals-to-handle=SIGINT,SIGHUP", f"--nproc_per_node={ranks}", PROGRAM,
                    e.config, *overrides, f"--run_id={int(log.stem)}"]
-        # Slurm and systemd send all processes SIGTERM, and a third signal ends torchrun: it heeds only that of `watch`.
-        prepare = (lambda: (signal.signal(signal.SIGTERM, signal.SIG_IGN), run_log.end_with_parent(signal.SIGHUP),
-                            signal.signal(signal.SIGHUP, signal.SIG_DFL)))  # which nohup ignores
+
+        def set_signals() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all, and a third signal ends torchrun
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+            run_log.end_with_parent(signal.SIGHUP)
+
         with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0,
-                              start_new_session=True, preexec_fn=prepare, pass_fds=[self.file]) as run:
+                              start_new_session=True, preexec_fn=set_signals, pass_fds=[self.file]) as run:
             complaint, status = self.watch(run)
         if run_log.is_finished(log) or run_log.last_line(log, "ended: ") not in ("", old_end):
             return run_log.failure_reason(log)
@@ -218,7 +220,9 @@ class Queue:
             if signal.SIGINT in self.signals[1:]:
                 run.kill()
             *lines, text = (text + (run.stderr.read(2**16) or b"")).split(b"\n")  # as much as a pipe holds
-            for line in (line.decode(errors="backslashreplace") for line in lines + [text] * bool(has_ended and text)):
+            if has_ended and text:
+                lines.append(text)
+            for line in (line.decode(errors="backslashreplace") for line in lines):
                 if line.startswith(f"{PROGRAM}: "):
                     complaints.append(line.removeprefix(f"{PROGRAM}: "))
                 elif found := re.match(r"E\d{4} .*/torch/distributed/.* failed \(exitcode: (-?\d+)\)", line):

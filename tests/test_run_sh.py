@@ -177,23 +177,15 @@ def test_sh_a_link_a_cdpath_and_a_launchers_settings_work(clone, tmp_path):
                    TORCHELASTIC_RUN_ID="x") == (0, [f"{python} run_queue.py x"])
 
 
-def test_status_needs_no_packages_and_compare_its_own(clone):
+def test_status_needs_no_packages_and_compare_and_test_their_own(clone):
+    """Tests run two at a time unless there is a GPU."""
     active = make_active_python(clone, modules=["numpy", "scipy", "matplotlib"])
     assert run(clone, "status", "a folder") == (0, [f"{active} status.py a folder"])
     assert run(clone, "compare", "a folder") == (0, [f"{active} compare.py a folder"])
     venv = make_python(clone / ".venv")
     assert run(clone, "status") == (0, [f"{venv} status.py"])
     assert run(clone, "compare")[1] == [*installs(clone, "logs/"), f"{venv} compare.py"]
-
-
-def test_tests_run_two_at_a_time_unless_there_is_a_gpu(clone):
-    venv = make_python(clone / ".venv")
     assert run(clone, "test", "-m", "not slow")[1] == [
-        *installs(clone, "", "logs/", "tests/"), f"{venv} pytest.py --numprocesses 2 --dist worksteal -m not slow 1"]
+        *installs(clone, "", "tests/"), f"{venv} pytest.py --numprocesses 2 --dist worksteal -m not slow 1"]
     write(clone.parent / "bin" / "nvidia-smi", "")
     assert run(clone, "test")[1] == [f"{venv} pytest.py --numprocesses 0 --dist worksteal"]
-
-
-@pytest.mark.parametrize("folder", REQUIREMENTS)
-def test_requirements_name_packages_only_because_pip_reads_them_from_stdin(folder):
-    assert all(line[0].isalpha() for line in (ROOT / folder / "requirements.txt").read_text().splitlines())
