@@ -33,17 +33,10 @@ def test_imports_go_one_way_and_a_module_shadows_no_library(path):
 
 
 @pytest.mark.slow
-def test_importing_has_no_side_effects(tmp_path):
-    assert_silent("-c", f"""
-import os, signal, sys, threading
-environment, handlers = dict(os.environ), [signal.getsignal(number) for number in (2, 15)]
-import {', '.join(NAMES)}, train_gpt_medium
-import torch
-assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
-assert [signal.getsignal(number) for number in (2, 15)] == handlers and threading.active_count() == 1
-changed = {{name for name in {{*environment, *os.environ}} if environment.get(name) != os.environ.get(name)}}
-assert not any("TORCH" in name or "CUDA" in name or "OMP" in name for name in changed), changed
-""", cwd=tmp_path)
+def test_importing_prints_writes_and_starts_nothing(tmp_path):
+    started = "torch.distributed.is_initialized() or torch.cuda.is_initialized() or threading.active_count() > 1"
+    modules = ", ".join([*NAMES, "threading", "torch", "train_gpt_medium"])
+    assert_silent("-c", f"import {modules}; assert not ({started})", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
