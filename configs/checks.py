@@ -129,7 +129,7 @@ def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
         cells = [letters[s.source] if layer in s.layers else "|" if min(s.layers) < layer < max(s.layers) else " "
                  for s in sources]
         used = [str(k) for k, source in enumerate(sources) if layer in source.layers]
-        note = f"{noun}{'s' * (len(used) > 1)} {', '.join(used)}" if used else ""
+        note = f"{noun if len(used) == 1 else noun + 's'} {', '.join(used)}" if used else ""
         note = "no attention" if layer == NO_ATTENTION_LAYER else note + ", no values of its own" * (layer in only)
         lines.append(f"  layer {layer:2d}  {' '.join(cells)}  {note}".rstrip())
     return "\n".join(lines)

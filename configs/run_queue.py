@@ -28,7 +28,6 @@ from logs.log_format import ROOT
 from logs.run_log import say
 
 PROGRAM = "train_gpt_medium.py"
-DEFAULT_CONFIG = "configs/baseline.toml"
 EDITED = "its config or the program was edited after the queue started; start the queue again"
 
 
@@ -244,7 +243,8 @@ class Queue:
         reasons = [why for why in self.outcomes.values() if why]
         diverged, failed = (sum(why.startswith(how) for why in reasons) for how in ("diverged", "failed"))
         summary = f"{len(self.outcomes) - len(reasons)} finished, {diverged} diverged, {failed} failed"
-        summary += " (./run.sh status says why)" * (diverged + failed > 0)
+        if diverged or failed:
+            summary += " (./run.sh status says why)"
         if self.signals:
             summary += f", stopped by {signal.Signals(self.signals[0]).name}{self.stopped}"
         if self.signals or failed:
@@ -263,10 +263,10 @@ def main(arguments: list[str]) -> int:
         os.chdir(ROOT)
         queue = None if options.check else Queue(options.notify)
         if not configs:
-            configs = [DEFAULT_CONFIG]
-            is_cpu = describe(configs, overrides, ANY_SIZE_ON_CPU="1")[0].device_kind == "CPU cores"
-            overrides = ["--scale=tiny"] * is_cpu + overrides
-            say(f"run.sh: no config given; using {DEFAULT_CONFIG}{' --scale tiny, as there is no GPU' * is_cpu}")
+            configs, note = ["configs/baseline.toml"], ""
+            if describe(configs, overrides, ANY_SIZE_ON_CPU="1")[0].device_kind == "CPU cores":
+                overrides, note = ["--scale=tiny", *overrides], " --scale tiny, as there is no GPU"
+            say(f"run.sh: no config given; using {configs[0]}{note}")
         experiments = describe(configs, overrides)
         check_runs(experiments, options.n)
         for e in experiments if options.check else []:
