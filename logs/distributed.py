@@ -2,6 +2,7 @@
 
 import atexit
 import faulthandler
+import math
 import os
 import platform
 import resource
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from subprocess import getoutput, getstatusoutput
 from typing import Any
 
@@ -21,12 +23,14 @@ import torch.distributed as dist
 
 from logs.run_log import RunLog, end_with_parent, plural, say
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 START_TIMEOUT_S = 1200  # watchdog limit for each part of the start, because kernels compile
 
 
 def start_process_group() -> None:
     """Join the ranks that torchrun started, or be the only rank without torchrun, and start the watchdog."""
     reset_watchdog(START_TIMEOUT_S)
+    os.environ.setdefault("USER", str(os.getuid()))  # in a container without it, PyTorch 2.11 cannot name its cache
     timeout = timedelta(hours=1)  # ranks with different compile caches meet minutes apart; the watchdog acts sooner
     store, rank, world_size = dist.HashStore(), 0, 1
     if dist.is_torchelastic_launched():
@@ -170,13 +174,23 @@ def count_devices() -> tuple[int, str]:
     command = "timeout 10 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null"
     status, output = (0, "") if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else getstatusoutput(command)
     if status == 127 or not (status or output):  # there is no nvidia-smi, or it lists no GPU
-        return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1, "CPU cores"
+        return count_cores(), "CPU cores"
     said, build = output.partition("\n")[0].replace(", ", " with driver "), torch.version.cuda or "no version"
     mismatch = (f"lists {said}, but PyTorch {torch.__version__} of {sys.executable}, built for CUDA {build}, cannot use"
                 " it; install a newer driver or a PyTorch built for this one (https://pytorch.org/get-started/locally)")
     failure = f"fails with status {status}: {said}; repair the driver (after its update: reboot)"
     fault = {0: mismatch, 124: "does not answer within 10 s; reboot"}.get(status, failure)
     raise ValueError(f"nvidia-smi {fault}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+
+
+def count_cores() -> int:
+    """Count the CPU cores that this process may use, also under a container's quota (docker run --cpus)."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # control groups v2, v1
+        with suppress(OSError, ValueError):  # no such file, or no number because there is no quota
+            quota, period = map(int, " ".join((CONTROL_GROUP / name).read_text() for name in names).split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
+    return cores
 
 
 def check_mask_memory(config: str, device_type: str, seq_len: int) -> None:

@@ -1,6 +1,8 @@
 """logs/distributed.py as one rank sees it: errors, signals and devices. test_faults.py runs several ranks."""
 
+import getpass
 import os
+import pwd
 import re
 import signal
 import sys
@@ -63,6 +65,31 @@ def test_gpus_limit_the_ranks_and_are_counted_without_taking_memory_on_one(monke
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="started 8 ranks on 1 GPU; use --nproc_per_node=1"):
         distributed.find_device()
+
+
+@pytest.mark.parametrize("files, cores", [
+    ({}, 8), ({"cpu.max": "max 100000"}, 8), ({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "9900000 100000"}, 8),
+    ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, 8), ({"cpu.cfs_quota_us": "-1"}, 8),
+    ({"cpu.cfs_quota_us": "300000", "cpu.cfs_period_us": "100000"}, 3)])
+def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, files, cores):
+    """docker run --cpus, in control groups v2 and v1 (https://github.com/ollama/ollama/issues/17916)."""
+    monkeypatch.setattr(distributed, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / ("cpu" if "cfs" in name else "") / name).write_text(f"{text}\n")
+    assert distributed.count_cores() == cores
+
+
+def test_a_user_without_a_name_can_compile(monkeypatch):
+    """PyTorch 2.11 asks for the name, which docker run --user 1234 does not have."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError))
+    monkeypatch.setattr(distributed, "reset_watchdog", Mock())
+    monkeypatch.setattr(distributed.dist, "init_process_group", Mock())
+    distributed.start_process_group()
+    assert getpass.getuser() == str(os.getuid())
 
 
 def test_the_peak_memory_of_this_process_is_in_mib():
