@@ -107,9 +107,11 @@ def differences(then: dict[str, Any], now: dict[str, Any], ignored: Collection[s
     changes = []
     for key in (key for key in then | now if key not in ignored):
         was, new = json.dumps(then.get(key)), json.dumps(now.get(key))
-        if key == "code" and syntax(then.get(key, "")) != syntax(now.get(key, "")):
-            changes.append("the code has changed")
-        elif key != "code" and was != new:
+        if was == new:
+            continue
+        if key != "code":
             is_short = len(was + new) < 300 or key not in ("train_data", "val_data")  # a map is shown whole
             changes.append(f"{key} was {was} and is {new}" if is_short else f"{key} has changed")
+        elif syntax(then.get(key, "")) != syntax(now.get(key, "")):
+            changes.append("the code has changed")
     return changes

@@ -42,10 +42,12 @@ NO_CHECKPOINTS = [b"", b"no checkpoint", [1, 2], {"weights": {}}, {"model": 3}, 
 
 @pytest.mark.parametrize("content, complaint", [
     ({"model": WEIGHTS | {"scalars": 3}}, r"parameter scalars is int instead of \[80\]"),
+    ({"model": WEIGHTS | {"scalars": torch.zeros(79)}}, r"parameter scalars is \[79\] instead of \[80\]"),
+    ({"model": WEIGHTS | {"value_embeds.3.weight": WEIGHTS["embed.weight"]}}, "parameter value_embeds.3.* not in this"),
     *(({"model": WEIGHTS | {"scalars": w}}, "parameter scalars is not a plain tensor of finite n") for w in NO_NUMBERS),
     *((content, "not a checkpoint that can be read safely .*; name a file from torch") for content in NO_CHECKPOINTS)])
-def test_weights_that_are_no_numbers_or_would_execute_code_are_refused(tmp_path, content, complaint):
-    """test_mistakes.py has weights of another model."""
+def test_weights_that_do_not_fit_or_would_execute_code_are_refused(tmp_path, content, complaint):
+    """test_mistakes.py has a missing weight."""
     path = tmp_path / "a.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=f"{path}: {complaint}"):

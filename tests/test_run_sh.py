@@ -189,3 +189,8 @@ def test_status_needs_no_packages_and_compare_and_test_their_own(clone):
         *installs(clone, "", "tests/"), f"{venv} pytest.py --numprocesses 2 --dist worksteal -m not slow 1"]
     write(clone.parent / "bin" / "nvidia-smi", "")
     assert run(clone, "test")[1] == [f"{venv} pytest.py --numprocesses 0 --dist worksteal"]
+
+
+@pytest.mark.parametrize("folder", REQUIREMENTS)
+def test_requirements_name_packages_only_because_pip_reads_them_from_stdin(folder):
+    assert all(line[0].isalpha() for line in (ROOT / folder / "requirements.txt").read_text().splitlines())
