@@ -766,7 +766,7 @@ def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, 
             checkpoint.write_weights(log, trainer.model, hp.num_iterations, identity["code"])
         log.line(distributed.peak_memory(device))
         log.line(summary.describe_end(log.path, hp.scale, hp.num_iterations))
-        checkpoint.remove(run_log.checkpoint_path(log.path))
+        run_log.remove_checkpoint(log.path)
     log.end("finished")
     distributed.synchronize(device)
 

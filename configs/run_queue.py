@@ -156,7 +156,7 @@ class Queue:
             log, e.program = Path(e.log_folder, f"{run_id:03d}.txt"), read_program(e)
             if run_log.is_finished(log):
                 self.outcomes[log] = run_log.failure_reason(log)
-                run_log.remove_leftover(log)
+                run_log.remove_checkpoint(log)
                 last = run_log.last_line(log, "step:")
                 seconds += [line.train_time_ms / 1000 for line in log_format.parse_step_lines(last)]
             else:

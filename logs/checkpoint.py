@@ -40,12 +40,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
         raise OSError(f"{path}: {reason}") from None
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint, and the unfinished one that a crash can leave."""
-    for name in (path.name, f"{path.name}.unfinished"):
-        path.with_name(name).unlink(missing_ok=True)
-
-
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, memory-mapped unless in PyTorch's old format. `weights_only` refuses a file that runs code."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

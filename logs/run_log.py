@@ -89,10 +89,11 @@ def failure_reason(log: Path) -> str:
     return last_line(log, "diverged at step ") or (last.split(": ", 2)[-1] if stopped else "")
 
 
-def remove_leftover(log: Path) -> None:
-    """Remove the checkpoint of a finished run that was killed just before it removed the checkpoint itself."""
-    if last_line(log, "peak memory "):  # a diverged run keeps its checkpoint
+def remove_checkpoint(log: Path) -> None:
+    """Remove a finished run's checkpoint, and the unfinished one that a crash can leave. A diverged run keeps them."""
+    if last_line(log, "peak memory "):
         checkpoint_path(log).unlink(missing_ok=True)
+        checkpoint_path(log).with_suffix(".ckpt.unfinished").unlink(missing_ok=True)
 
 
 def check_finished_runs(folder: Path, identity: dict[str, Any]) -> None:
@@ -126,7 +127,7 @@ class RunLog:
                 raise ValueError(f"{self.path}: another process is running it; wait for its end or use another run_id")
             time.sleep(0.1)
         if is_finished(self.path):
-            remove_leftover(self.path)
+            remove_checkpoint(self.path)
             raise ValueError(f"{self.path} is finished, and a log is never overwritten; use another run_id")
 
     def size(self) -> int:
