@@ -12,21 +12,23 @@ import json
 import shutil
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-try:
-    import numpy as np
-except ImportError:
-    sys.exit("compare.py: numpy is missing; start it with ./run.sh compare, or pip install -r logs/requirements.txt")
+for package in ("numpy", "scipy", "matplotlib"):
+    if not find_spec(package):
+        sys.exit(f"compare.py: {package} is missing; start it with ./run.sh compare, or pip install -r "
+                 "logs/requirements.txt")
+import numpy as np
 
 from logs import plot, run_statistics
 from logs.log_format import RUN_KEYS, differences
-from logs.results import Result, known_keys, list_changes, read_configurations
+from logs.results import Result, list_changes, read_configurations
 from logs.run_log import plural, say
-from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, record_test, stats
+from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, mean, record_test
 
 MAX_SENTENCES = 4  # configurations that are described without --verbose
 MAX_NAMES = 8  # of one verdict, in the first line
@@ -36,76 +38,69 @@ HEADER = (["", "", "", "loss change", "", "", "", "time change", "", "", "ms /"]
 
 def summarize(comparison: Comparison, name: str) -> dict[str, Any]:
     """Return a configuration's entry in --json: losses in nats, times in seconds, null for undefined figures."""
-    finished, crossings = comparison.finished[name], comparison.crossings
-    own, baseline = (c if c and c.mark == " " else None for c in (crossings[name], crossings[comparison.baseline]))
-    totals = np.array([run.curve.seconds[-1] for run in finished])
-    test, versus = record_test(comparison.losses[name], comparison.target), {}
+    finished, test = comparison.finished[name], record_test(comparison.losses[name], comparison.target)
+    own, baseline = (comparison.crossings[each].reached for each in (name, comparison.baseline))
+    single = [dict(log=str(run.path), final_loss=float(run.curve.losses[-1]), total_time=float(run.curve.seconds[-1]),
+                   steps_to_target=crossing.reached.step, time_to_target=crossing.reached.seconds)
+              for run, crossing in zip(finished, comparison.own_crossings[name])]
+    totals = [run["total_time"] for run in single]
+    versus = {}
     for measure, (difference, half, p) in zip(("loss", "time"), comparison.effects(name)):
         versus |= {f"delta_{measure}": difference, f"delta_{measure}_low": None if half is None else difference - half,
                    f"delta_{measure}_high": None if half is None else difference + half, f"p_{measure}": p}
-    reached = [crossing if crossing.mark == " " else None for crossing in comparison.own_crossings[name]]
-    single = [dict(log=str(run.path), final_loss=float(run.curve.losses[-1]), total_time=float(run.curve.seconds[-1]),
-                   steps_to_target=c and c.step, time_to_target=c and c.seconds) for run, c in zip(finished, reached)]
     return dict(
         name=name, runs=len(finished), num_iterations=comparison.runs[name][0].num_iterations,
-        final_loss_mean=test["mean"], final_loss_std=test["std"],
-        steps_to_target=own and own.step, time_to_target=own and own.seconds,
-        total_time_mean=float(totals.mean()) if finished else None, total_time_std=deviation(totals),
-        step_avg_ms=float(np.mean([run.step_avg_ms for run in finished])) if finished else None,
-        break_even_step_ms=1000 * baseline.seconds / own.step if own and baseline and own.step else None,
-        missed=reached.count(None), t_test=test, versus_baseline=None if name == comparison.baseline else versus,
-        single_runs=single)
+        final_loss_mean=test["mean"], final_loss_std=test["std"], steps_to_target=own.step, time_to_target=own.seconds,
+        total_time_mean=mean(totals), total_time_std=deviation(totals),
+        step_avg_ms=mean([run.step_avg_ms for run in finished]),
+        break_even_step_ms=1000 * baseline.seconds / own.step if own.step and baseline.step is not None else None,
+        missed=[run["time_to_target"] for run in single].count(None), t_test=test,
+        versus_baseline=None if name == comparison.baseline else versus, single_runs=single)
 
 
 def list_verdicts(effects: dict[str, Effect]) -> str:
     """List the configurations by verdict, the largest changes first."""
-    groups: dict[str, list[str]] = {}
-    for name, effect in sorted(effects.items(), key=lambda item: -abs(item[1].difference)):
-        groups.setdefault(effect.verdict, []).append(name)
-    parts = []
-    for verdict in (verdict for verdict in ("better", "worse", "undecided", "not tested") if verdict in groups):
-        more = len(groups[verdict]) - MAX_NAMES
-        parts.append(f"{verdict}: {', '.join(groups[verdict][:MAX_NAMES])}{f' and {more} more' * (more > 0)}.")
+    parts, largest_first = [], sorted(effects, key=lambda name: -abs(effects[name].difference))
+    for verdict in ("better", "worse", "undecided", "not tested"):
+        names = [name for name in largest_first if effects[name].verdict == verdict]
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        if names:
+            parts.append(f"{verdict}: {', '.join(names[:MAX_NAMES])}{more}.")
     return " ".join(parts)
 
 
-def answer(comparison: Comparison) -> list[str]:
+def answer(comparison: Comparison, num_runs: int, missed: int) -> list[str]:
     """State the verdicts in loss, then those in time."""
-    baseline, reached = comparison.baseline, sum(
-        crossing.mark == " " for crossings in comparison.own_crossings.values() for crossing in crossings)
+    baseline, target = comparison.baseline, f"{comparison.target:g}"
     lines = [list_verdicts(comparison.loss.effects) or f"no configuration to compare with {baseline} in loss."]
     if any(effect.p is not None for effect in comparison.time.effects.values()):
-        lines.append(f"in time to {comparison.target:g}: {list_verdicts(comparison.time.effects)}")
-    num_runs, end = sum(map(len, comparison.finished.values())), comparison.runs[baseline][0].end
-    return [*lines, f"Baseline: {baseline}, {plural(len(comparison.finished[baseline]), 'run')} to step {end}. "
-            f"Target: {comparison.target:g}; {reached} of {num_runs} runs reach it."]
+        lines.append(f"in time to {target}: {list_verdicts(comparison.time.effects)}")
+    runs, end = plural(len(comparison.finished[baseline]), "run"), comparison.runs[baseline][0].end
+    return [*lines, f"Baseline: {baseline}, {runs} to step {end}. Target: {target}; {num_runs - missed} of {num_runs} "
+                    "runs reach it."]
 
 
-def number(value: float | None, form: str, spread: float | None = None) -> str:
-    """Format a number, with ± its deviation or half-width if it has one."""
-    return "n/a" if value is None else f"{value:{form}}" + ("" if spread is None else f"±{spread:{form.strip('+')}}")
+def number(value: float | None, form: str, spread: float | None = None, scale: float = 1) -> str:
+    """Format a number times `scale`, with ± its deviation or half-width if it has one."""
+    if value is None:
+        return "n/a"
+    return f"{scale * value:{form}}" + ("" if spread is None else f"±{scale * spread:{form.strip('+')}}")
 
 
 def table_row(comparison: Comparison, entry: dict[str, Any]) -> list[str]:
-    name, crossing = entry["name"], comparison.crossings[entry["name"]]
+    name, crossing, changes = entry["name"], comparison.crossings[entry["name"]], []
     loss, time = comparison.effects(name)
-    thousandths = Effect(*(None if x is None else 1000 * x for x in loss[:2]))
-    changes = []
-    for (difference, half, _), p, form in ((thousandths, loss.p, "+.2f"), (time, time.p, "+.1f")):
-        change = number(difference, form, half), "<.001" if p is not None and p < 0.001 else number(p, ".3f")
-        changes.append(["", ""] if name == comparison.baseline else [*change])
+    for (difference, half, p), form, scale in ((loss, "+.2f", 1000), (time, "+.1f", 1)):
+        cells = number(difference, form, half, scale), "<.001" if p is not None and p < 0.001 else number(p, ".3f")
+        changes.append(["", ""] if name == comparison.baseline else cells)
     shown = [f"{e.verdict} {what}" for e, what in ((loss, "loss"), (time, "time")) if e.verdict in ("better", "worse")]
     verdict = shown[0] if len(shown) == 1 else "mixed" if shown and loss.verdict != time.verdict else loss.verdict
     verdict = time.verdict if verdict == "not compared" else verdict
-    if crossing is None:
-        seconds, step = "n/a ", "n/a"
-    else:
-        beyond = "> " if crossing.mark == ">" else ""
-        seconds = f"{beyond}{crossing.seconds:.1f}{crossing.mark.strip('>') or ' ' * (not beyond)}"
-        step = f"{beyond}{crossing.step:.0f}"
+    beyond = "> " if crossing.mark == ">" else ""
+    seconds = f"{beyond}{number(crossing.seconds, '.1f')}{crossing.mark.strip('>')}"
     return [name, "baseline" if name == comparison.baseline else verdict, str(entry["runs"]), *changes[0],
-            number(entry["final_loss_mean"], ".4f", entry["final_loss_std"]), seconds, *changes[1], step,
-            number(entry["step_avg_ms"], ".1f")]
+            number(entry["final_loss_mean"], ".4f", entry["final_loss_std"]), seconds, *changes[1],
+            f"{beyond}{number(crossing.step, '.0f')}", number(entry["step_avg_ms"], ".1f")]
 
 
 def format_table(rows: list[list[str]], width: int) -> str:
@@ -139,26 +134,27 @@ def describe_unfinished(comparison: Comparison, run: Result) -> str:
 
 def remarks(comparison: Comparison) -> list[str]:
     """Report, a line each, what a reader of the curves would notice and what the tests leave out."""
-    lines, baseline = [], comparison.baseline
+    lines, baseline, keys = [], comparison.baseline, comparison.keys
     for name, runs in comparison.runs.items():
         unfinished = [describe_unfinished(comparison, run) for run in runs if not run.finished]
         rising = [run.path.name for run in comparison.finished[name] if (np.diff(run.curve.losses[-2:]) > 0).any()]
-        lines += [f"{name}: {'; '.join(unfinished)}."] * bool(unfinished)
-        lines += [f"{name}: the loss rises at the end of {', '.join(rising)}; do not trust it."] * bool(rising)
+        if unfinished:
+            lines.append(f"{name}: {'; '.join(unfinished)}.")
+        if rising:
+            lines.append(f"{name}: the loss rises at the end of {', '.join(rising)}; do not trust it.")
     lines += [f"{name}: {comparison.finished[name][i].path.name} is far from its other runs (p {p:.1g}); look at its "
               "curve." for name, i, p in comparison.loss.outliers()]
     for what, family in (("loss", comparison.loss), ("time", comparison.time)):
         if family.variance_p < 0.01:
             lines.append(f"Variances of {what} differ (Brown-Forsythe p {family.variance_p:.1g}); its p is rough.")
     others = [name for name in comparison.runs if name not in comparison.loss.samples and comparison.finished[name]]
-    lines += [f"Of another length, so compared in time only: {', '.join(others)}."] * bool(others)
-    own, keys = comparison.runs[baseline][0], {n: known_keys(n, runs[0]) for n, runs in comparison.runs.items()}
+    if others:
+        lines.append(f"Of another length, so compared in time only: {', '.join(others)}.")
     for name, (run, *_) in comparison.runs.items():
         more, fewer = len(comparison.finished[name]), len(comparison.finished[baseline])
-        changed = differences(keys[baseline], keys[name], RUN_KEYS) or list_changes(own, run)
+        changed = differences(keys[baseline], keys[name], RUN_KEYS) or list_changes(comparison.runs[baseline][0], run)
         if more > fewer and keys[name] and not changed:
-            lines.append(f"{name} has the same keys as the baseline and {more} runs, not {fewer}; use --baseline "
-                         f"{name}.")
+            lines.append(f"{name} has the baseline's keys and {more} runs, not {fewer}; use --baseline {name}.")
     return lines
 
 
@@ -194,14 +190,13 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
     lines = ["step, time: where the mean curve reaches the target; *: extrapolated with the baseline's final slope, >: "
              "too far to extrapolate. better, worse: p < 0.05; record: p < 0.01."]
     for what, unit, family in (("loss", "nats", comparison.loss), ("time", "s", comparison.time)):
-        if not stats or not family.deviation:
-            missing = "two runs of a configuration" if stats else "scipy: pip install -r logs/requirements.txt"
-            lines.append(f"No test of {what}: it needs {missing}.")
+        if not family.deviation:
+            lines.append(f"No test of {what}: it needs two runs of a configuration.")
         elif family.effects:
             lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once"
                          f"{', runs paired by seed' * family.is_paired}; deviation {family.deviation:.3g} {unit}, "
                          f"{family.dof} degrees of freedom.")
-    if delta and stats and comparison.loss.deviation:
+    if delta and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
         alone, among = (run_statistics.runs_needed(effect, LEVEL / count) for count in (1, tests))
         lines.append(f"To show {delta:g} in loss with power {run_statistics.POWER} takes {alone} runs of both, {among} "
@@ -209,21 +204,12 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
     return lines
 
 
-def rank_against(comparison: Comparison, path: Path, picture: Path | None) -> Ranking:
-    """Compare the order of losses with that of the runs below `path`, whose baseline has the same name."""
-    other = Comparison(read_configurations([path])[0], comparison.baseline, None)
-    ranking = run_statistics.rank_alike(comparison.loss, other.loss)
-    if picture:
-        plot.scatter(comparison.loss, other.loss, ranking, picture)
-    return ranking
-
-
 def report(comparison: Comparison, entries: list[dict[str, Any]], ranking: Ranking | None,
            options: argparse.Namespace) -> str:
     """Write the answer and the table, sorted by time if most runs reach the target, else by loss; then the lines."""
     width = shutil.get_terminal_size().columns  # 80 without a terminal
     runs, missed = (sum(entry[key] for entry in entries) for key in ("runs", "missed"))
-    place = {name: (c.mark == ">", c.seconds) if c else (True, np.inf) for name, c in comparison.crossings.items()}
+    place = {name: (c.step is None, c.mark == ">", c.seconds) for name, c in comparison.crossings.items()}
     if 2 * missed >= runs:
         place = {entry["name"]: entry["final_loss_mean"] or np.inf for entry in entries}
     rows = [table_row(comparison, entry) for entry in sorted(entries, key=lambda entry: place[entry["name"]])]
@@ -233,7 +219,7 @@ def report(comparison: Comparison, entries: list[dict[str, Any]], ranking: Ranki
     order = [f"Spearman's correlation with {options.against}: {ranking.rho:.2f}, 95% {ranking.low:.2f} to "
              f"{ranking.high:.2f}, p {ranking.p:.2g}, over {len(ranking.names)} configurations; the runs' noise allows "
              f"at most {ranking.limit:.2f}."] if ranking else []
-    parts = [answer(comparison), table, order, remarks(comparison), sentences, changes(comparison),
+    parts = [answer(comparison, runs, missed), table, order, remarks(comparison), sentences, changes(comparison),
              notes(comparison, options.power)]
     wrap = (lambda line: textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))
     return "\n\n".join(part if part is table else "\n".join(map(wrap, part)) for part in parts if part)
@@ -294,7 +280,8 @@ def main(arguments: list[str]) -> int:
         runs, lines = read_configurations(options.paths)
         if not runs:
             raise ValueError(f"no results to compare: {'; '.join(lines)}")
-        print(*(f"compare.py: {' '.join(line.split())}\n" for line in lines), sep="", end="", file=sys.stderr)
+        for line in lines:
+            say(f"compare.py: {' '.join(line.split())}", "stderr")
         baseline = options.baseline or next((n for n in runs if n.split("/")[-1] == "baseline"), next(iter(runs)))
         if options.at is not None:
             runs = {name: [run.cut(options.at) for run in group] for name, group in runs.items()}
@@ -310,7 +297,12 @@ def main(arguments: list[str]) -> int:
         if options.form == "csv":
             say(format_csv(runs))
             return 0
-        ranking = options.against and rank_against(comparison, options.against, options.scatter)
+        ranking = None
+        if options.against:
+            other = Comparison(read_configurations([options.against])[0], baseline, None)
+            ranking = run_statistics.rank_alike(comparison.loss, other.loss)
+            if options.scatter:
+                plot.scatter(comparison.loss, other.loss, ranking, options.scatter)
         entries = [summarize(comparison, name) for name in runs]
         whole = dict(target=comparison.target, baseline=baseline, configurations=entries) | (
             dict(ranking=ranking._asdict()) if ranking else {})

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from logs.log_format import RUN_KEYS, differences
-from logs.results import Result, known_keys
+from logs.results import Result
 from logs.run_log import plural
-from logs.run_statistics import LEVEL, Comparison, Effect, Family, Ranking, stats
+from logs.run_statistics import LEVEL, Comparison, Effect, Family, Ranking
 
 # From Okabe and Ito's palette, safe for colour-blind readers: https://jfly.uni-koeln.de/color/
 VERDICTS = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "s"), "undecided": ("#7F7F7F", "D")}
@@ -25,12 +26,9 @@ DPI, WIDTH, MAX_HEIGHT = 100, 12, 9  # inches
 
 
 def new_axes(height: float, columns: int = 1) -> list[Any]:
-    """Return the axes of a new figure. Raises ValueError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # needs no display
-    except ImportError:
-        raise ValueError("a figure needs matplotlib: pip install -r logs/requirements.txt") from None
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="tight" if columns > 1 else None)
+    from matplotlib.figure import Figure  # needs no display; importing it takes a second
+
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     for axes in figure.subplots(1, columns, squeeze=False)[0]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.92")
@@ -61,11 +59,10 @@ def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
 
 def draw_map(axes: Any, row: int, keys: dict[str, Any]) -> None:
     """Draw a cell per layer in the colors of its tables; a layer without any is gray, one without attention empty."""
-    tables = layers_of(keys)
-    for layer in range(NUM_LAYERS * ("value_embeddings" in keys)):
-        colors = [COLORS[k % len(COLORS)] for k, layers in enumerate(tables) if layer in layers]
-        for i, color in enumerate(colors or ["0.9"] * (layer != NO_ATTENTION_LAYER)):
-            height = 0.8 / max(len(colors), 1)
+    for layer in range(NUM_LAYERS):
+        colors = [COLORS[k % len(COLORS)] for k, layers in enumerate(layers_of(keys)) if layer in layers] or ["0.9"]
+        for i, color in enumerate(colors if layer != NO_ATTENTION_LAYER else []):
+            height = 0.8 / len(colors)
             axes.barh(row - 0.4 + i * height, 0.85, height, layer, align="edge", color=color)
 
 
@@ -76,22 +73,22 @@ def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
     if comparison.baseline not in family.samples:
         raise ValueError(f"--forest: the baseline {comparison.baseline} has no {what}")
     scale, zero = 1 if of_time else 1000, family.samples[comparison.baseline].mean()
-    keys = {name: known_keys(name, comparison.runs[name][0]) for name in family.samples}
+    keys = {name: comparison.keys[name] for name in family.samples}
     groups = defaultdict(list)
     groups["baseline"].append(comparison.baseline)
     for name in sorted(family.effects, key=lambda name: family.samples[name].mean()):
         groups[question(keys[name], keys[comparison.baseline])].append(name)
     rows = [row for group in QUESTIONS if group in groups for row in [group, *groups[group]]][1:]
-    cells, axes = new_axes(min(MAX_HEIGHT, 1.8 + 0.24 * len(rows)), columns=2)
-    axes.figure.set_layout_engine("none")
-    space = 0.9 / axes.figure.get_figheight()
-    axes.set_position([0.39, space, 0.5, 1 - 1.6 * space])
-    cells.set_position([0.21, space, 0.17, 1 - 1.6 * space])
-    size = min(10, 72 * axes.figure.get_figheight() * (1 - 1.6 * space) / len(rows) * 0.75)
+    height = min(MAX_HEIGHT, 1.8 + 0.24 * len(rows))
+    inner = height - 1.44  # inches, without the title, the axis and the note
+    cells, axes = new_axes(height, columns=2)
+    axes.set_position([0.39, 0.9 / height, 0.5, inner / height])
+    cells.set_position([0.21, 0.9 / height, 0.17, inner / height])
+    size = min(10, 0.75 * 72 * inner / len(rows))
     text = dict(va="center", fontsize=size, parse_math=False)
     for i, name in enumerate(rows):
-        if name not in family.samples:
-            cells.text(-0.5, i, name, ha="right", weight="bold", **text)
+        cells.text(-0.5, i, name, ha="right", weight="normal" if name in keys else "bold", **text)
+        if name not in keys:
             continue
         effect, sample = family.effects.get(name, Effect()), scale * (family.samples[name] - zero)
         color, marker = VERDICTS.get(effect.verdict, ("#000000", "D"))
@@ -100,8 +97,8 @@ def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
         axes.errorbar(sample.mean(), i, xerr=half, fmt=marker, color=color, markersize=size * 0.7, linewidth=1.6)
         figures = f"{round(sample.mean(), 1) + 0.0:+.1f}   n={len(sample)}"
         axes.text(1.01, i, figures, transform=axes.get_yaxis_transform(), **text)
-        cells.text(-0.5, i, name, ha="right", **text)
-        draw_map(cells, i, keys[name])
+        if "value_embeddings" in keys[name]:
+            draw_map(cells, i, keys[name])
     axes.axvline(0, color="black", linewidth=0.8)
     for verdict, (color, marker) in VERDICTS.items():
         axes.plot([], [], marker, color=color, label=verdict)
@@ -129,7 +126,7 @@ def pooled_error(groups: list[list[Result]], axis: int, x: np.ndarray) -> tuple[
 
 
 def curves(comparison: Comparison, of_time: bool, low: float | None, high: float | None, file: Path) -> None:
-    """Plot the mean curves and where they reach the target; up to MAX_BANDS with their 95% intervals, else the runs."""
+    """Plot the mean curves, up to MAX_BANDS with their 95% intervals, else with the runs. Name their crossings."""
     if len(comparison.runs) > len(COLORS):
         raise ValueError(f"--plot takes at most {len(COLORS)} configurations, not {len(comparison.runs)}; use --forest")
     (axes,) = new_axes(6)
@@ -139,25 +136,22 @@ def curves(comparison: Comparison, of_time: bool, low: float | None, high: float
     low = min([*near[axis][near.losses <= target + NEAR], *last], default=0) if low is None else low
     high = max(last, default=0) if high is None else high
     repeated = [runs for runs in comparison.finished.values() if len(runs) > 1]
-    has_bands, ends = stats and repeated and len(drawn) <= MAX_BANDS, []
+    has_bands, ends = repeated and len(drawn) <= MAX_BANDS, []
     for color, (name, runs) in zip(COLORS, drawn.items()):
-        x, crossing = np.empty(0), comparison.crossings[name]
-        thin = [] if has_bands and comparison.finished[name] else [(run.curve, 0.5) for run in runs]
+        is_banded, reached, line = has_bands and comparison.finished[name], comparison.crossings[name].reached, None
+        thin = [] if is_banded else [(run.curve, 0.5) for run in runs]
         for curve, width in [*thin, (comparison.curves[name], 1.8)]:
-            if len(curve.steps):
-                points = np.union1d(curve[axis], np.clip((low, high), curve[axis][0], curve[axis][-1]))
-                x = points[(low <= points) & (points <= high)]
+            if len(curve.steps) and max(low, curve[axis][0]) <= min(high, curve[axis][-1]):
+                x = np.unique(np.clip(curve[axis], low, high))
                 y = np.interp(x, curve[axis], curve.losses)
                 (line,) = axes.plot(x, y, ".-", color=color, linewidth=width, markersize=2 * width, alpha=min(1, width))
-        if has_bands and comparison.finished[name] and len(x):
+        if line and is_banded:
             error, dof = pooled_error(repeated, axis, x)
             half = stats.t.isf(LEVEL / 2, dof) * error / np.sqrt(len(runs))
             axes.fill_between(x, y - half, y + half, color=color, alpha=0.2, linewidth=0)
-        reached = crossing and crossing.mark == " "
-        if reached and low <= crossing[of_time] <= high:
-            axes.plot(crossing[of_time], target, "o", color=color, markersize=5)
-        if len(x):
-            ends.append((y[-1], line, f"{name}\n{target:g} at {crossing[of_time]:.1f}" if reached else name))
+        if line:
+            label = name if reached.step is None else f"{name}\n{target:g} at {reached[of_time]:.1f}"
+            ends.append((y[-1], line, label))
     if not ends:
         raise ValueError("--plot: no curve is between --from and --to")
     axes.set_ylim(axes.get_ylim())  # a target far below must not flatten the curves
@@ -206,4 +200,5 @@ def grid(comparison: Comparison, file: Path) -> None:
         axes.set(xlabel="number of tables", ylabel=what, xticks=[1, 5, 10, 15, 20])
     row[0].axhline(comparison.target, color="black", linewidth=0.8, linestyle="--")
     row[1].legend(fontsize=8)
+    row[0].figure.tight_layout()
     row[0].figure.savefig(file, bbox_inches="tight")

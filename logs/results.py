@@ -96,11 +96,12 @@ def known_keys(name: str, run: Result) -> dict[str, Any]:
     if any(run.header):
         return run.header.configuration
     own = name.split("/")[-1]
-    configs = (ROOT / f"configs/{stem}.toml" for stem in (own, re.sub(r"_(5\d{3}|ttest)$", "", own)))
-    if not (config := next(filter(Path.is_file, configs), None)):
-        return {}
-    texts = (path.read_text(encoding="utf-8") for path in (config.with_stem("baseline"), config))
-    return tomllib.loads(next(texts)) | tomllib.loads(next(texts))
+    for stem in (own, re.sub(r"_(5\d{3}|ttest)$", "", own)):
+        config = ROOT / f"configs/{stem}.toml"
+        if config.is_file():
+            defaults = tomllib.loads(config.with_stem("baseline").read_text(encoding="utf-8"))
+            return defaults | tomllib.loads(config.read_text(encoding="utf-8"))
+    return {}
 
 
 def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
@@ -109,19 +110,22 @@ def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
     Logs in a folder and one level below it count; if there are none, those of the next level that has some.
     """
     found: dict[Path, set[Path]] = defaultdict(set)
-    without, notes = [], []
+    notes = []
     for given in paths:
         path = Path(os.path.realpath(given))  # so that a log named twice counts once
         names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else [""]
-        files = {path / name: max(2, len(Path(name).parts)) for name in names if (path / name).is_file()}
-        depths = {f: n for f, n in files.items() if f.suffix in (".txt", ".log") and f.name != "requirements.txt"}
-        near = [log for log, depth in depths.items() if depth == min(depths.values())]
+        logs = [log for log in map(path.joinpath, names)
+                if log.suffix in (".txt", ".log") and log.name != "requirements.txt" and log.is_file()]
+        depths = [max(2, len(log.relative_to(path).parts)) for log in logs]
+        near = [log for log, depth in zip(logs, depths) if depth == min(depths)]
         for log in near:
-            found[next((k for k, logs in found.items() if log in logs), log.parent if path.is_dir() else log)].add(log)
-        without += [] if near else [str(given) if path.exists() else f"{given} (no such file)"]
-        if len(near) < len(depths):
-            notes.append(f"{given}: skipped {len(depths) - len(near)} logs in deeper folders; name their folder")
-    return found, notes + [f"skipped, no logs (*.txt, *.log): {', '.join(without)}"] * bool(without)
+            if not any(log in known for known in found.values()):
+                found[log.parent if path.is_dir() else log].add(log)
+        if not near:
+            notes.append(f"{given}: {'skipped, no logs (*.txt, *.log)' if path.exists() else 'no such file'}")
+        if len(near) < len(logs):
+            notes.append(f"{given}: skipped {len(logs) - len(near)} logs in deeper folders; name their folder")
+    return found, notes
 
 
 def shortest_names(paths: list[Path]) -> list[str]:
@@ -147,11 +151,11 @@ def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Result]], lis
             except (ValueError, OSError) as error:
                 notes.append(str(error))
                 continue
-            name = next((name for name, group in groups.items() if not list_changes(group[0], run)), "")
-            if not name:
-                name = f"{folder}:{len(groups) + 1}" if groups else folder
-                changes = "; ".join(list_changes(groups[folder][0], run)) if groups else ""
-                notes += [f"{name} ({log.name}) is split from {folder}: {changes}"] * bool(changes)
+            changes = {name: list_changes(group[0], run) for name, group in groups.items()}
+            same = [name for name in groups if not changes[name]]
+            name = same[0] if same else f"{folder}:{len(groups) + 1}" if groups else folder
+            if groups and not same:
+                notes.append(f"{name} ({log.name}) is split from {folder}: {'; '.join(changes[folder])}")
             groups.setdefault(name, []).append(run)
         configurations |= groups
     return configurations, notes

@@ -5,13 +5,9 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import optimize, special, stats
 
-from logs.results import Curve, Result
-
-try:
-    from scipy import optimize, special, stats
-except ImportError:  # without scipy there are no tests
-    stats = None
+from logs.results import Curve, Result, known_keys
 
 LEVEL = 0.05  # of a family of comparisons; intervals cover 1 - LEVEL
 OUTLIER_LEVEL = 0.01
@@ -21,32 +17,41 @@ PUBLISHED_TARGET = 2.92  # nats per token
 MAX_EXTRAPOLATION = 0.15  # of a run's steps; a time that lies further away is neither shown nor tested
 
 
+def mean(sample: np.ndarray) -> float | None:
+    return float(np.mean(sample)) if len(sample) else None
+
+
 def deviation(sample: np.ndarray) -> float | None:
     """Return the sample standard deviation, or None for fewer than two numbers."""
     return float(np.std(sample, ddof=1) if np.ptp(sample) else 0) if len(sample) > 1 else None
 
 
 class Crossing(NamedTuple):
-    """Where a curve first reaches the target."""
-    step: float
-    seconds: float
-    mark: str  # " ": reached; "*": extrapolated, as the curve ends above the target; ">": further away than its end
+    """Where a curve first reaches the target; without a validation, None."""
+    step: float | None
+    seconds: float | None
+    mark: str = " "  # "*": extrapolated, as the curve ends above the target; ">": further away than its end
+
+    @property
+    def reached(self) -> "Crossing":
+        """This crossing if the curve itself reaches the target, else an empty one."""
+        return self if self.mark == " " else Crossing(None, None)
 
 
-def find_crossing(curve: Curve, target: float, slopes: tuple[float, float] | None) -> Crossing | None:
+def find_crossing(curve: Curve, target: float, slopes: tuple[float, float] | None) -> Crossing:
     """Interpolate between validations. Extrapolate a curve that ends above the target with `slopes` (nats per step,
-    nats per second) by at most MAX_EXTRAPOLATION. Return None without a validation."""
+    nats per second) by at most MAX_EXTRAPOLATION."""
+    if not len(curve.steps):
+        return Crossing(None, None)
     below = np.flatnonzero(curve.losses <= target)
     if len(below):
         ends = [below[0], max(below[0] - 1, 0)]  # np.interp needs ascending losses
         step, seconds = (float(np.interp(target, curve.losses[ends], x[ends])) for x in (curve.steps, curve.seconds))
-        return Crossing(step, seconds, " ")
-    if not len(curve.steps):
-        return None
-    step, missing = float(curve.steps[-1]), target - curve.losses[-1]
+        return Crossing(step, seconds)
+    step, seconds, missing = float(curve.steps[-1]), float(curve.seconds[-1]), float(target - curve.losses[-1])
     if slopes is None or missing / slopes[0] > MAX_EXTRAPOLATION * step:
-        return Crossing(step, float(curve.seconds[-1]), ">")
-    return Crossing(float(step + missing / slopes[0]), float(curve.seconds[-1] + missing / slopes[1]), "*")
+        return Crossing(step, seconds, ">")
+    return Crossing(step + missing / slopes[0], seconds + missing / slopes[1], "*")
 
 
 class Effect(NamedTuple):
@@ -62,17 +67,10 @@ class Effect(NamedTuple):
         return "undecided" if self.p >= LEVEL else "better" if self.difference < 0 else "worse"
 
 
-def is_balanced(samples: dict[str, np.ndarray], seeds: dict[str, list[int | None]]) -> bool:
-    """Tell whether every configuration has the same two or more seeds, each once."""
-    own = [seeds.get(name, [None]) for name in samples]
-    return len(own) > 1 and len(own[0]) > 1 and all(None not in s and sorted(s) == sorted({*own[0]}) for s in own)
-
-
-def remove_seed_effects(samples: dict[str, np.ndarray], seeds: dict[str, list[int | None]]) -> dict[str, np.ndarray]:
-    """Subtract each seed's mean over the configurations, and add the mean of all: a randomized block design."""
-    by_seed = np.array([sample[np.argsort(seeds[name])] for name, sample in samples.items()])
-    effects = by_seed.mean(axis=0) - by_seed.mean()
-    return {name: sample - effects[np.argsort(np.argsort(seeds[name]))] for name, sample in samples.items()}
+def have_same_seeds(seeds: list[list[int | None]]) -> bool:
+    """Tell whether all of two or more configurations have the same two or more seeds, each once, in one order."""
+    first = seeds[0] if len(seeds) > 1 else []
+    return len(first) > 1 and None not in first and len({*first}) == len(first) and all(own == first for own in seeds)
 
 
 class Family:
@@ -80,21 +78,24 @@ class Family:
     configurations, is None if no two runs of one configuration differ; then there are no tests.
 
     `seeds` are those of the samples' runs. If every configuration has the same ones, runs of a seed share their
-    initial values, and the test pairs them: the samples lose the seeds' effects, and the test their degrees of freedom.
+    initial values, and the test pairs them (a randomized block design): the samples lose the seeds' effects, and the
+    test their degrees of freedom.
     """
 
     def __init__(self, samples: dict[str, np.ndarray], baseline: str, seeds: dict[str, list[int | None]] = {}):
-        self.is_paired, self.dof = is_balanced(samples, seeds), sum(len(sample) - 1 for sample in samples.values())
+        self.dof = sum(len(sample) - 1 for sample in samples.values())
+        self.is_paired = have_same_seeds([seeds.get(name, []) for name in samples])
         if self.is_paired:
-            samples = remove_seed_effects(samples, seeds)
-            self.dof -= len(next(iter(samples.values()))) - 1
+            table = np.array([*samples.values()])  # a row per configuration, a column per seed
+            samples = dict(zip(samples, table - (table.mean(axis=0) - table.mean())))
+            self.dof -= table.shape[1] - 1
         self.samples = samples
         squares = sum(np.var(sample) * len(sample) for sample in samples.values())
         largest = max((abs(sample).max() for sample in samples.values()), default=0)
         self.deviation = math.sqrt(squares / self.dof) if squares > (1e-12 * largest) ** 2 else None
         others = {name: sample for name, sample in samples.items() if name != baseline and baseline in samples}
         columns = [[sample.mean() - samples[baseline].mean() for sample in others.values()]]
-        if others and stats and self.deviation:
+        if others and self.deviation:
             sizes, control = np.array([len(sample) for sample in others.values()]), samples[baseline]
             errors = self.deviation * np.sqrt(1 / sizes + 1 / len(control))
             p_values = dunnett_p(np.abs(columns[0]) / errors, sizes, len(control), self.dof)
@@ -102,8 +103,8 @@ class Family:
         self.effects = {name: Effect(*row) for name, row in zip(others, np.transpose(columns).tolist())}
         # Brown-Forsythe test. Two runs are always equally far from their median, so the test would warn too often.
         many = [sample for sample in samples.values() if len(sample) > 2]
-        tested = stats and len(many) > 1 and self.deviation
-        self.variance_p = float(stats.levene(*many, center="median").pvalue) if tested else 1.0
+        is_tested = len(many) > 1 and self.deviation
+        self.variance_p = float(stats.levene(*many, center="median").pvalue) if is_tested else 1.0
 
     def outliers(self) -> list[tuple[str, int, float]]:
         """Return the configuration, index and p (Bonferroni's, over all runs) of runs far from two or more others.
@@ -111,13 +112,12 @@ class Family:
         A run's residual is tested against the deviation of all other runs (externally studentized, Student's t).
         """
         found, total = [], sum(map(len, self.samples.values()))
-        many = {name: sample for name, sample in self.samples.items() if len(sample) > 2}
-        for name, i, x in ((name, i, x) for name, sample in many.items() for i, x in enumerate(sample)):
-            if not (stats and self.deviation and self.dof > 1):
-                break
-            share = (x - many[name].mean()) ** 2 / (1 - 1 / len(many[name])) / self.deviation**2 / self.dof
-            p = total * 2 * stats.t.sf(math.sqrt(share * (self.dof - 1) / max(1 - share, 1e-12)), self.dof - 1)
-            found += [(name, i, float(p))] * bool(p < OUTLIER_LEVEL)
+        for name, sample in self.samples.items():
+            if len(sample) > 2 and self.deviation and self.dof > 1:
+                shares = (sample - sample.mean()) ** 2 / (1 - 1 / len(sample)) / self.deviation**2 / self.dof
+                t = np.sqrt(shares * (self.dof - 1) / np.maximum(1 - shares, 1e-12))
+                p = total * 2 * stats.t.sf(t, self.dof - 1)
+                found += [(name, int(i), float(p[i])) for i in np.flatnonzero(p < OUTLIER_LEVEL)]
         return found
 
 
@@ -151,11 +151,11 @@ def critical_value(sizes: np.ndarray, baseline_size: int, dof: int) -> float:
 def record_test(losses: np.ndarray, target: float) -> dict[str, Any]:
     """Apply the record rule: is the mean final loss below the target (one-sided t-test)? None where undefined."""
     t = p = bound = None
-    if stats and deviation(losses):
+    if deviation(losses):
         test = stats.ttest_1samp(losses, target, alternative="less")
         t, p, bound = float(test.statistic), float(test.pvalue), float(test.confidence_interval(1 - LEVEL).high)
-    mean, record = float(losses.mean()) if len(losses) else None, p is not None and p < RECORD_LEVEL
-    return dict(n=len(losses), mean=mean, std=deviation(losses), t=t, p=p, upper_bound=bound, record=record)
+    record = p is not None and p < RECORD_LEVEL
+    return dict(n=len(losses), mean=mean(losses), std=deviation(losses), t=t, p=p, upper_bound=bound, record=record)
 
 
 def runs_needed(effect: float, level: float) -> int:
@@ -183,15 +183,15 @@ def reliability(family: Family, names: list[str]) -> float:
 
 
 def rank_alike(small: Family, large: Family) -> Ranking:
-    """Compare the order of the configurations in two families. Raises ValueError without scipy, repeats or four names.
+    """Compare the order of the configurations in two families. Raises ValueError without repeats or four names.
 
     A pair of noisy means is one observation, so the interval (Bonett and Wright 2000,
     https://doi.org/10.1007/BF02294183) includes the noise of both.
     """
     names = [name for name in small.samples if name in large.samples]
-    if len(names) < 4 or not stats or not small.deviation or not large.deviation:
-        raise ValueError(f"--against: a correlation needs scipy, repeated runs and 4 common configurations of one "
-                         f"length, not {len(names)}")
+    if len(names) < 4 or not small.deviation or not large.deviation:
+        raise ValueError(f"--against: a correlation needs repeated runs and 4 common configurations of one length, "
+                         f"not {len(names)}")
     rho, p = stats.spearmanr(*([family.samples[name].mean() for name in names] for family in (small, large)))
     half = stats.norm.isf(LEVEL / 2) * math.sqrt((1 + rho**2 / 2) / (len(names) - 3))
     middle = math.atanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
@@ -209,17 +209,17 @@ def mean_curve(runs: list[Result]) -> Curve:
 
 
 class Comparison:
-    """Compare all configurations with the baseline; `target` is by default its key target_loss.
-
-    Raises ValueError if there is no such baseline.
-    """
+    """Compare all configurations with the baseline; `target` is by default its key target_loss."""
 
     def __init__(self, runs: dict[str, list[Result]], baseline: str, target: float | None):
         if baseline not in runs:
             raise ValueError(f"--baseline {baseline}: no such configuration; use one of {', '.join(runs)}")
         target = target or runs[baseline][0].header.configuration.get("target_loss", PUBLISHED_TARGET)
         self.runs, self.baseline, self.target = runs, baseline, target
-        self.finished = {name: [run for run in group if run.finished] for name, group in runs.items()}
+        self.keys = {name: known_keys(name, group[0]) for name, group in runs.items()}
+        seed = (lambda run: run.header.configuration.get("seed"))
+        self.finished = {name: sorted((run for run in group if run.finished), key=lambda run: str(seed(run)))
+                         for name, group in runs.items()}  # in one order of seeds, so that they pair
         self.losses = {n: np.array([run.curve.losses[-1] for run in group]) for n, group in self.finished.items()}
         self.curves = {name: mean_curve(group) for name, group in self.finished.items()}
         steps, losses, seconds = (x[-1] - x[-2] if len(x) > 1 else 0 for x in self.curves[baseline])
@@ -229,11 +229,10 @@ class Comparison:
         # Losses are comparable between runs of one length; times to the target between all runs.
         length = runs[baseline][0].num_iterations
         alike = {name: x for name, x in self.losses.items() if len(x) and runs[name][0].num_iterations == length}
-        timed = {name: found for name, found in self.own_crossings.items()
-                 if found and all(crossing.mark != ">" for crossing in found)}
-        seeds = {n: [r.header.configuration.get("seed") for r in group] for n, group in self.finished.items()}
-        self.loss = Family(alike, baseline, seeds)
-        self.time = Family({name: np.array([c.seconds for c in found]) for name, found in timed.items()}, baseline)
+        self.loss = Family(alike, baseline, {name: [*map(seed, group)] for name, group in self.finished.items()})
+        times = {name: np.array([crossing.seconds for crossing in own]) for name, own in self.own_crossings.items()
+                 if own and all(crossing.mark != ">" for crossing in own)}
+        self.time = Family(times, baseline)
 
     def effects(self, name: str) -> tuple[Effect, Effect]:
         """Return the effects of a configuration on final loss and on time to the target."""
