@@ -26,6 +26,7 @@ DPI, WIDTH, MAX_HEIGHT = 100, 12, 9  # inches
 
 
 def new_axes(height: float, columns: int = 1) -> list[Any]:
+    """Return the axes of a new figure."""
     from matplotlib.figure import Figure  # needs no display; importing it takes a second
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)

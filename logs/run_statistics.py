@@ -209,7 +209,7 @@ def mean_curve(runs: list[Result]) -> Curve:
 
 
 class Comparison:
-    """Compare all configurations with the baseline; `target` is by default its key target_loss."""
+    """Compare all configurations with the baseline. Raises ValueError if it is not among them."""
 
     def __init__(self, runs: dict[str, list[Result]], baseline: str, target: float | None):
         if baseline not in runs:

@@ -73,7 +73,7 @@ def test_a_diverged_run(tmp_path, text, step):
 
 @pytest.mark.parametrize("files, paths, names", [
     ("a.txt", "a.txt", ["a"]), ("base/0.txt base/1.log", "base", ["base"]), ("v1.2/0.txt", "v1.2", ["v1.2"]),
-    ("base/0.txt base/1.txt", "base/1.txt base/0.txt", ["base/1", "base/0"]),
+    ("base/0.txt base/1.txt", "base/1.txt base/0.txt", ["base/1", "base/0"]), ("b/0.txt b/1.txt", "b b/0.txt", ["b"]),
     ("l/add_2/0.txt l/add_1/0.txt l/requirements.txt l/add_2/0.ckpt l/.old/0.txt", "l", ["add_1", "add_2"]),
     ("x/base/0.txt y/base/0.txt x/add/0.txt", "x/base x/base/ y x/add", ["x/base", "y/base", "add"]),
     ("l/tiny/base/0.txt l/tiny/add/0.txt", "l", ["add", "base"]),
