@@ -6,52 +6,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers import write_config
+from helpers import model_on_meta, write_config
 
+import train_gpt_medium as train
 from data.shards import write_shard
 
 CASES = json.loads(Path(__file__).with_name("golden.json").read_text())
-LAYERS, NO_ATTENTION = 16, 7
-
-
-def source_shapes(value_embeddings, d, vocab_size):
-    """The name and shape of each source's parameter."""
-    for k, entry in enumerate(value_embeddings):
-        entry = entry if isinstance(entry, dict) else {}
-        kind, width = entry.get("source", "token"), 128 * entry.get("heads", d // 128)
-        if kind == "embedding":
-            yield f"value_embeds.{k}.proj_w", (width, d)
-        else:
-            default_rows = vocab_size if kind == "token" else 5 * -(-vocab_size // 128) * 128
-            yield f"value_embeds.{k}.weight", (entry.get("rows", default_rows), width)
+ALL_KEYS = dict(  # every kind of source, wide and narrow
+    value_embeddings=[[0, 13], {"layers": [1, 14, 0], "source": "bigram", "rows": 301, "heads": 1},
+                      {"layers": [2, 14], "source": "embedding"}, {"layers": [15], "source": "embedding", "heads": 1}],
+    value_embeddings_only=[14, 15], value_embedding_gate=True, num_heads=2, model_dim=256)
 
 
 def golden_weights(value_embeddings, d, vocab_size, gate=False):
-    """Every parameter in fp32: the standard normal numbers of RandomState(crc32(name)), scaled by its kind."""
-    layers = [entry["layers"] if isinstance(entry, dict) else entry for entry in value_embeddings]
-    sources_by_layer = [[k for k, of_source in enumerate(layers) if i in of_source] for i in range(LAYERS)]
-    extra = sum(max(0, len(used) - 1) for used in sources_by_layer)
-    initial_scalars = [1.0] * LAYERS + [1.0, 0.0] * LAYERS + [0.5, 0.5] * LAYERS + [0.5] * extra
+    """Every parameter in fp32: the standard normal numbers of RandomState(crc32(name)), scaled by its kind.
 
-    def normal(name, *shape):
+    So another name or shape changes the figures.
+    """
+    model = model_on_meta(train.Hyperparameters(
+        value_embeddings=value_embeddings, num_heads=d // 128, model_dim=d, vocab_size=vocab_size,
+        value_embedding_gate=gate))
+    weights = {}
+    for name, p in model.named_parameters():
         state = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF)
-        return torch.from_numpy(state.standard_normal(shape).astype(np.float32))
-
-    weights = {
-        "embed.weight": normal("embed.weight", vocab_size, d),
-        "lm_head_w": np.float32(0.05) * normal("lm_head_w", -(-vocab_size // 128) * 128, d),
-        "scalars": torch.tensor(initial_scalars) + np.float32(0.05) * normal("scalars", len(initial_scalars)),
-    }
-    shapes = dict(source_shapes(value_embeddings, d, vocab_size))
-    for i, used in enumerate(sources_by_layer):
-        shapes |= {f"blocks.{i}.mlp.fc_w": (4 * d, d), f"blocks.{i}.mlp.proj_w": (d, 4 * d)}
-        if i != NO_ATTENTION:
-            shapes[f"blocks.{i}.attn.qkvo_w"] = (4, d, d)
-        if gate and used:
-            shapes[f"blocks.{i}.attn.ve_gate_w"] = (d // 128, 16)
-    for name, shape in shapes.items():
-        scale = 1 if name.endswith(".weight") else 0.5 * shape[-1] ** -0.5
-        weights[name] = np.float32(scale) * normal(name, *shape)
+        normal = torch.from_numpy(state.standard_normal(p.shape).astype(np.float32))
+        if name == "scalars":
+            initial = torch.tensor([1.0] * 16 + [1.0, 0.0] * 16 + [0.5] * (len(p) - 48))
+            weights[name] = initial + np.float32(0.05) * normal
+        elif name == "lm_head_w":
+            weights[name] = np.float32(0.05) * normal
+        else:
+            weights[name] = np.float32(1 if name.endswith(".weight") else 0.5 * p.size(-1) ** -0.5) * normal
     return weights
 
 
@@ -72,7 +57,7 @@ def golden_tokens(n, seed, vocab_size):
 
 
 def write_golden_case(name, folder):
-    """Shards, checkpoint and config of a case, in `folder`; returns the config's path."""
+    """Write a case's shards, checkpoint and config to `folder`; return the config's path."""
     case = CASES[name]
     d, vocab_size = case["config"]["model_dim"], case["config"]["vocab_size"]
     for file, n, seed in (("t_train_000001", 40_000, 1), ("t_train_000002", 60_000, 2), ("t_val_000000", 20_000, 3)):
