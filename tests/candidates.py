@@ -4,13 +4,13 @@
     mlp     compute squared ReLU and its derivative within the products before them, without passes over (T, 4d)
     head    compute the gradients of the loss together with the loss, half of the sequence at a time
 
-The model does not know them: `apply` replaces methods of one instance, before `compile_parts`. A candidate that pays in
-tests/benchmark.py on a GPU moves into the model; the others are deleted. Each Triton kernel (https://triton-lang.org)
-is behind a custom operator, which torch.compile leaves alone. Bytes and times are for T = 65,536, d = 1024 and bf16.
+`apply` replaces methods of one instance, before `compile_parts`. A candidate that pays in tests/benchmark.py on a GPU
+moves into the model; the others are deleted. Each Triton kernel (https://triton-lang.org) is behind a custom operator,
+which torch.compile leaves alone. Bytes and times are for T = 65,536, d = 1024 and bf16.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MethodType
 from typing import Any
 
@@ -178,8 +178,7 @@ def capped_cross_entropy_kernel(z, targets, losses, gradient_scale, LOGITS: tl.c
     """Write the cross-entropy of a row of `z` (T, LOGITS), capped, to `losses` (T,).
 
     WITH_GRADIENTS then replaces the row by `gradient_scale` times its gradient. Capped logits are at most 15, so fp32
-    holds the sum of their exponentials as they are. All threads read the target before they meet at the sum, so none
-    has written by then.
+    holds the sum of their exponentials. All threads read the target before the sum, so before any thread writes.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * LOGITS
@@ -273,37 +272,31 @@ def fill_zeros(model: train.GPT) -> None:
             train.init_(p)
 
 
-class Part:
-    """Hold a function, its arguments, the tensors to differentiate by, and the outputs' gradients (default: random)."""
-
-    def __init__(self, function: Callable, arguments: list, inputs: list[Tensor], compiled: bool, grads: list = ()):
-        self.function = torch.compile(function, dynamic=False) if compiled else function
-        self.arguments, self.inputs, self.grads = arguments, inputs, grads
-
-    def outputs(self) -> list[Tensor]:
-        outputs = self.function(*self.arguments)
-        return outputs if isinstance(outputs, list) else [outputs]
-
-    def run(self) -> list[Tensor]:
-        """Return the outputs, then the gradients."""
-        outputs = self.outputs()
-        if not self.grads:
-            self.grads = [torch.randn(out.shape, device=out.device).bfloat16().to(out.dtype) for out in outputs]
-        return [*outputs, *torch.autograd.grad(outputs, self.inputs, self.grads)]
+def forward_and_backward(function: Callable, arguments: list, inputs: list[Tensor], grads: list) -> list[Tensor]:
+    """Return a function's outputs, then their gradients by `inputs`, where the outputs' own gradients are `grads`."""
+    outputs = function(*arguments)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
 
-def part_of(model: train.GPT, name: str, tokens: Tensor, compiled: bool) -> Part:
-    """Return the part that a candidate replaces, on random activations (T, d) and tokens (T,), also used as targets."""
-    tables, mlp = [model.embed, *model.value_embeds], model.blocks[0].mlp
-    weights = [table.weight for table in tables]
-    x = torch.randn(len(tokens), weights[0].size(1), device=tokens.device).bfloat16().to(weights[0].dtype)
+def part_of(model: train.GPT, name: str, tokens: Tensor, compiled: bool) -> Callable[[], list[Tensor]]:
+    """Return a call of `forward_and_backward` for the part that a candidate replaces.
+
+    Its activations (T, d) are random; `tokens` (T,) are also the targets.
+    """
+    weights, mlp = [table.weight for table in (model.embed, *model.value_embeds)], model.blocks[0].mlp
+    x, grad = (torch.randn(len(tokens), weights[0].size(1), device=tokens.device).bfloat16().to(weights[0].dtype)
+               for _ in range(2))
     x.requires_grad_()
     if name == "tables":  # the model does not compile the look-ups either
-        return Part(lambda tokens: [model.embed(tokens), *(table(tokens, None) for table in model.value_embeds)],
-                    [tokens], weights, compiled=False)
-    if name == "mlp":
-        return Part(mlp.forward, [x], [x, mlp.fc_w, mlp.proj_w], compiled)
-    return Part(model.loss, [x, tokens.long()], [x, model.lm_head_w], compiled)
+        def look_up():
+            return [model.embed(tokens), *(table(tokens, None) for table in model.value_embeds)]
+        return partial(forward_and_backward, look_up, [], weights, [grad] * len(weights))
+    function, arguments, inputs, grads = {
+        "mlp": (mlp.forward, [x], [x, mlp.fc_w, mlp.proj_w], [grad]),
+        "head": (model.loss, [x, tokens.long()], [x, model.lm_head_w], [torch.tensor(0.3, device=x.device)])}[name]
+    return partial(forward_and_backward, torch.compile(function, dynamic=False) if compiled else function,
+                   arguments, inputs, grads)
 
 
 def evaluate(hp: train.Hyperparameters, name: str, names: Sequence[str], tokens: Tensor, dtype: torch.dtype,
@@ -317,4 +310,4 @@ def evaluate(hp: train.Hyperparameters, name: str, names: Sequence[str], tokens:
     model.lm_head_w.data *= head_scale
     model.bfloat16().to(dtype)
     model.lm_head_w.data = model.lm_head_w.data.to(torch.promote_types(dtype, torch.float32))
-    return part_of(model, name, tokens, compiled).run()
+    return part_of(model, name, tokens, compiled)()

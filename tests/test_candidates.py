@@ -1,11 +1,17 @@
-"""Candidates: each computes what the model's own method does, in fp32 in Triton's interpreter; test_gpu.py: in bf16."""
+"""Candidates and benchmark, in Triton's interpreter: each candidate computes what the model's own method does, in fp32.
 
+test_gpu.py tests them in bf16.
+"""
+
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from golden import golden_weights
-from helpers import relative_error
+from helpers import ROOT, relative_error
 
 import train_gpt_medium as train
 
@@ -13,62 +19,29 @@ pytest.importorskip("triton")
 import candidates  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU, test_gpu.py runs them")
-FP32 = (torch.float32, 1e-6)  # with the tolerance
 SMALL = dict(num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=128)
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    monkeypatch.setattr(candidates, "ROW_SUMS_PROGRAMS", 12)  # each has several tokens
-
-
-def normal(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+SOME_OFTEN = torch.tensor([0, 7, 3, *[7] * 70, 9, 49, 49], dtype=torch.int32)  # more than a tile's rows of a token
 
 
 def random_tokens(n, vocab_size):
-    drawn = torch.randint(0, vocab_size, (n - 2,), generator=torch.Generator().manual_seed(0))
-    return torch.cat([torch.tensor([0, vocab_size - 1]), drawn]).int()
+    return torch.randint(0, vocab_size, (n,), generator=torch.Generator().manual_seed(0)).int()
 
 
-def check(name, tokens, vocab_size, dtype, tolerance, head_scale=1):
-    """Compare a candidate's outputs and gradients with the model's in fp64."""
-    hp = train.Hyperparameters(vocab_size=vocab_size, value_embeddings=[[0, 13]], **SMALL)
+@pytest.mark.parametrize("name, tokens, dtype, tolerance, head_scale", [
+    ("tables", SOME_OFTEN, torch.float32, 1e-6, 1), ("tables", SOME_OFTEN, torch.bfloat16, 2**-8, 1),
+    ("mlp", random_tokens(128, 50), torch.float32, 1e-6, 1), ("head", random_tokens(30, 50), torch.float32, 1e-6, 1),
+    ("head", random_tokens(30, 50), torch.float32, 1e-6, 200)],
+    ids=["tables", "tables in bf16", "mlp", "head", "head, logits at the cap"])
+def test_a_part_and_its_gradients_equal_the_model_s(name, tokens, dtype, tolerance, head_scale, monkeypatch):
+    """In fp64. Sums of a table's rows are rounded to bf16 once. (The interpreter truncates instead.)"""
+    monkeypatch.setattr(candidates, "ROW_SUMS_PROGRAMS", 12)  # each has several tokens
+    monkeypatch.setattr(candidates, "HEAD_CHUNK_TOKENS", 24)  # the last chunk is shorter
+    monkeypatch.setitem(candidates.HEAD_TILE, "TILE", 256 if head_scale == 1 else 32)  # more and less than a row
+    hp = train.Hyperparameters(vocab_size=50, value_embeddings=[[0, 13]], **SMALL)
     expected = candidates.evaluate(hp, name, [], tokens, torch.float64, head_scale)
     actual = candidates.evaluate(hp, name, [name], tokens, dtype, head_scale)
     for result, reference in zip(actual, expected, strict=True):
         assert relative_error(result, reference) < tolerance
-
-
-@pytest.mark.parametrize("dtype, tolerance", [FP32, (torch.bfloat16, 2**-8)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tokens", [random_tokens(64, 50), torch.tensor([7] * 60 + [3, 7, 9, 7, 49, 0] + [7] * 50),
-                                    torch.full((64,), 49)], ids=["random", "a frequent one", "only one"])
-def test_gradient_of_a_table_is_the_sum_of_its_rows_gradients(tokens, dtype, tolerance):
-    """It is rounded to bf16 once: bf16 sums of 100 rows would be far off. (The interpreter truncates instead.)"""
-    check("tables", tokens.int(), 50, dtype, tolerance)
-
-
-def test_mlp_and_its_gradients():
-    check("mlp", random_tokens(256, 50), 50, *FP32)
-
-
-@pytest.mark.parametrize("head_scale", [1, 200], ids=["small logits", "logits at the cap"])
-@pytest.mark.parametrize("vocab_size", [250, 4200], ids=["less than a tile", "more than a tile"])
-def test_head_and_its_gradients(vocab_size, head_scale, monkeypatch):
-    monkeypatch.setattr(candidates, "HEAD_CHUNK_TOKENS", 24)  # the last chunk is shorter
-    check("head", random_tokens(64, vocab_size), vocab_size, *FP32, head_scale)
-
-
-@pytest.mark.parametrize("operator, make_arguments", [
-    (candidates.table_gradient, lambda: (normal(32, 128), *candidates.find_occurrences(torch.arange(32) % 16, 18))),
-    (candidates.relu_squared, lambda: (normal(128, 128), normal(256, 128).T)),
-    (candidates.relu_squared, lambda: (normal(128, 256).T, normal(128, 256), normal(256, 256).abs())),
-    (candidates.head, lambda: (normal(8, 128), normal(256, 128), torch.arange(8), True)),
-    (candidates.head, lambda: (normal(8, 128), normal(256, 128), torch.arange(8), False)),
-], ids=["table_gradient", "relu_squared", "relu_squared, backward", "head", "head without gradients"])
-def test_operators_are_what_the_compiler_is_told(operator, make_arguments):
-    """PyTorch checks: no input is changed or returned, the fake results have the real ones' shapes and dtypes."""
-    torch.library.opcheck(operator, make_arguments())
 
 
 def losses_and_gradients(names, is_compiled=False):
@@ -98,3 +71,43 @@ def test_model_has_the_same_loss_and_gradients(is_compiled):
     assert losses == pytest.approx(expected, abs=3e-6)
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected_gradients[name]) < 1e-5, name
+
+
+# -----------------------------------------------------------------------------
+# The benchmark, at its tiny size
+
+
+def run_benchmark(path, *parts, env=()):
+    """Run parts of the benchmark without a GPU; return its rows, its figures and what it printed."""
+    command = [sys.executable, ROOT / "tests/benchmark.py", *parts, "--json", path]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | dict(env)
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    record = json.loads(path.read_text())
+    return {row["part"]: row for row in record["rows"]}, record["figures"], result.stdout
+
+
+@pytest.mark.slow
+def test_plain_and_candidates_are_compared(tmp_path):
+    rows, figures, output = run_benchmark(tmp_path / "b.json", "machine", "parts")
+    for name in ("embedding and tables", "MLP", "head and loss"):
+        assert rows[name]["plain"] > 0 and rows[name]["candidates"] > 0
+    assert f"| MLP | {rows['MLP']['plain']:,.2f} |" in output and set(figures["rates"]) == {"TFLOP/s", "GB/s"}
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100(tmp_path):
+    """At full size, in bf16: within its shared memory, no register spilled, products by its own instruction."""
+    _, kernels, _ = run_benchmark(tmp_path / "b.json", "kernels", env={"TRITON_INTERPRET": "0"})
+    assert len(kernels) == 5
+    for name, kernel in kernels.items():
+        assert 0 < kernel["shared"] <= 227 * 1024 and 0 < kernel["registers"] <= 255 and kernel["spilled"] == 0, name
+        assert kernel["wgmma"] == name.startswith("MLP"), name
+
+
+@pytest.mark.campaign
+def test_the_other_parts_run(tmp_path):
+    rows, figures, output = run_benchmark(tmp_path / "b.json", "step", "tables", "start", "profile")
+    assert {"one sequence", "a validation sequence", "Muon, all"} <= set(rows)
+    assert set(figures) == {"start, cold", "start, warm"}
+    assert "Self CPU time total" in output
