@@ -749,14 +749,15 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
 def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, Any], drawing: str,
                  log: run_log.RunLog, state: dict[str, Any] | None) -> None:
     """Train on every rank, from the warm-up, or from a checkpoint's `state`. Raises what `train` raises."""
-    stop = distributed.StopFlag(log)
+    stop, started_at = distributed.StopFlag(log), time.monotonic()
     step, time_ms = checkpoint.begin_log(log, identity, state, drawing, device)
     log.line(f"log: {log.path}\nwarm-up: {run_log.plural(hp.warmup_steps, 'step')}, not timed, then undone")
     trainer = Trainer(hp, device)
-    torch._dynamo.on_compile_end(partial(trainer.report_compiled, log, time.monotonic()))
+    torch._dynamo.on_compile_end(partial(trainer.report_compiled, log, started_at))
     step_s, validation_s = trainer.warm_up()
     if step_s:
-        log.line(summary.estimate(range(step, hp.num_iterations), hp.val_loss_every, step_s, validation_s))
+        log.line(f"{summary.estimate(range(step, hp.num_iterations), hp.val_loss_every, step_s, validation_s)}; "
+                 f"the warm-up took {time.monotonic() - started_at:.0f} s")
     if state is not None:
         checkpoint.restore(state, trainer.model, *trainer.optimizers)
         state.clear()  # the memory-mapped file would keep its place on the disk until the end of the run

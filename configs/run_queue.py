@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +24,13 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.config import OneLineParser, error_context
-from logs import log_format, run_log, status
+from data.shards import write_synthetic_shard
+from logs import log_format, run_log, status, summary
 from logs.log_format import ROOT
 from logs.run_log import say
 
 PROGRAM = "train_gpt_medium.py"
+SMOKE_TEST_STEPS = {"GPUs": 50, "CPU cores": 10}
 EDITED = "its config or the program was edited after the queue started; start the queue again"
 
 
@@ -39,13 +42,15 @@ def read_program(e: SimpleNamespace) -> tuple[list[bytes], str] | None:
 
 def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     """Return the queue's own options, the configs as seen from the repository, and the others as --KEY=VALUE."""
-    usage = "./run.sh [-n RUNS] [CONFIG.toml ...] [--KEY VALUE ...] [--check] [--notify COMMAND]"
+    usage = "./run.sh [-n RUNS] [CONFIG.toml ...] [--KEY VALUE ...] [--check | --smoke] [--notify COMMAND]"
     parser = OneLineParser(usage=usage, add_help=False, allow_abbrev=False)
     numbers = parser.add_mutually_exclusive_group()
     numbers.add_argument("-n", type=int, default=1)
     numbers.add_argument("--run_id", type=int, default=0)
     parser.add_argument("--notify", default="")
-    parser.add_argument("--check", action="store_true")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true")
+    modes.add_argument("--smoke", action="store_true")
     options, words = parser.parse_known_args(arguments)
     if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
         raise ValueError("-n takes the number of runs, 1 to 999, and --run_id the number of a run, 0 to 999")
@@ -98,6 +103,19 @@ def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_ch
             raise ValueError(f"{command} failed; see the lines above")
         experiments = describe([e.config for e in experiments], overrides)
     return experiments
+
+
+def prepare_smoke_test(e: SimpleNamespace, folder: str) -> list[str]:
+    """Write synthetic shards for a few steps at an experiment's size; return the options that train on them."""
+    full, steps = e.configuration, SMOKE_TEST_STEPS[e.device_kind]
+    step_tokens, val_tokens = full["sequences_per_step"] * full["train_seq_len"], 8 * full["val_seq_len"]
+    eot_id = full["vocab_size"] - 1 if full["end_of_text"] is None else full["end_of_text"]
+    for name, num_tokens in (("train", steps * step_tokens), ("val", val_tokens)):
+        write_synthetic_shard(Path(folder, f"{name}.bin"), num_tokens + 2, full["vocab_size"], eot_id)
+    keys = dict(train_files=f"{folder}/train.bin", val_files=f"{folder}/val.bin", val_tokens=val_tokens, log_dir=folder,
+                num_iterations=steps, val_loss_every=steps, warmup_steps=max(1, full["warmup_steps"]),
+                checkpoint_every=0, save_checkpoint="false", coordinate_descent_tuning="false")
+    return [f"--{name}={value}" for name, value in keys.items()]
 
 
 def lock(path: Path, operation: int) -> int:
@@ -230,6 +248,16 @@ class Queue:
                     say(line, "stderr")
         return "; ".join(dict.fromkeys(complaints)), status or run.returncode
 
+    def smoke_test(self, configs: list[str], overrides: list[str]) -> int:
+        """Train a few steps of each config on synthetic tokens and report times, memory and losses; leave no files."""
+        for full in describe(configs, overrides):
+            with tempfile.TemporaryDirectory() as folder:
+                short = describe([full.config], options := overrides + prepare_smoke_test(full, folder))
+                self.train(short, range(1), options)
+                for log in [log for log in self.outcomes if log.is_file() and run_log.is_finished(log)]:
+                    say(f"{full.config}:\n{summary.describe_smoke_test(log, full.configuration)}")
+        return self.summarize()
+
     def notify(self, line: str, is_fault: bool = False) -> None:
         """Print a line, and run the user's command with it. That command's output and exit status are ignored."""
         say(f"run.sh: {line}", "stderr" if is_fault else "stdout")
@@ -262,11 +290,13 @@ def main(arguments: list[str]) -> int:
         options, configs, overrides = parse_options(arguments)
         os.chdir(ROOT)
         queue = None if options.check else Queue(options.notify)
-        if not configs:
-            configs, note = ["configs/baseline.toml"], ""
+        if not configs or options.smoke:
+            configs, note = configs or ["configs/baseline.toml"], ""
             if describe(configs, overrides, ANY_SIZE_ON_CPU="1")[0].device_kind == "CPU cores":
                 overrides, note = ["--scale=tiny", *overrides], " --scale tiny, as there is no GPU"
-            say(f"run.sh: no config given; using {configs[0]}{note}")
+            say(f"run.sh: using {' '.join(configs)}{note}")
+        if options.smoke:
+            return queue.smoke_test(configs, overrides)
         experiments = describe(configs, overrides)
         check_runs(experiments, options.n)
         for e in experiments if options.check else []:

@@ -103,6 +103,16 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray | Iterable[np.ndarra
         file.write(struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, size // 2))
 
 
+def write_synthetic_shard(path: str | os.PathLike, num_tokens: int, vocab_size: int, eot_id: int) -> None:
+    """Write random documents of 735 tokens on average. Token id i has a frequency of about 1 / (i + 1)."""
+    random = np.random.default_rng(0)
+    tokens = (vocab_size ** random.random(num_tokens) - 1).astype(np.uint16)
+    tokens[tokens == eot_id] = (eot_id + 1) % vocab_size
+    starts = random.lognormal(6, 1.1, num_tokens // 100).astype(int).cumsum()
+    tokens[[0, *starts[starts < num_tokens]]] = eot_id
+    write_shard(path, tokens)
+
+
 def num_batches(shard_tokens: Iterable[int], batch_tokens: int) -> int:
     """Return how many batches a stream holds: two tokens more must follow each; a shard's rest is dropped."""
     return sum(max(0, num_tokens - 2) // batch_tokens for num_tokens in shard_tokens)

@@ -1,16 +1,18 @@
 """Estimate a run's length before it and, after it, show its curve, the known loss and how to compare."""
 
+import re
 import shlex
 import statistics
 from pathlib import Path
+from typing import Any
 
-from logs.log_format import ROOT, parse_step_lines, split_log
+from logs.log_format import ROOT, parse_step_lines, read_header, split_log
 
 BARS, MAX_BARS = "▁▂▃▄▅▆▇█", 80
 
 
 def estimate(steps: range, val_loss_every: int, step_s: float, validation_s: float) -> str:
-    """Return the log's line on how long training and validations will take, from their seconds in the warm-up.
+    """Return how long training and validations will take, from the seconds of each in the warm-up.
 
     A later step takes longer on a GPU, because the window grows.
     """
@@ -18,6 +20,19 @@ def estimate(steps: range, val_loss_every: int, step_s: float, validation_s: flo
     minutes = (len(steps) * step_s + num_validations * validation_s) / 60
     return (f"estimate: at least {minutes:.0f} min, for {len(steps)} steps of {1000 * step_s:.0f} ms and "
             f"{num_validations} validations of {validation_s:.1f} s")
+
+
+def describe_smoke_test(log: Path, full: dict[str, Any]) -> str:
+    """Return the times, memory and losses of a finished smoke test, and the estimate for the `full` configuration."""
+    text = log.read_text(encoding="utf-8")
+    *_, last = parse_step_lines(text)
+    validation_s, warm_up_s = re.findall(r"^estimate: .* of (\S+) s; the warm-up took (\S+) s$", text, re.MULTILINE)[0]
+    memory = re.findall("^peak memory .*$", text, re.MULTILINE)[0]
+    validation_s = float(validation_s) * full["val_tokens"] / read_header(log).configuration["val_tokens"]
+    full_run = estimate(range(full["num_iterations"]), full["val_loss_every"], last.step_avg_ms / 1000, validation_s)
+    return (f"warm-up: {warm_up_s} s\nspeed: {last.step_avg_ms:.1f} ms a step\n{memory}\n"
+            f"loss: {' and '.join(f'{loss:.4f} at step {step}' for step, loss in validations(log).items())}\n"
+            f"full run: {full_run}")
 
 
 def validations(log: Path) -> dict[int, float]:

@@ -1,6 +1,7 @@
 """Test the real program as a user starts it: run.sh in a fresh clone, the queue killed and rerun, a terminal."""
 
 import os
+import re
 import select
 import subprocess
 import sys
@@ -35,6 +36,20 @@ def test_without_arguments_run_sh_trains_the_baseline_at_scale_tiny_on_a_cpu(tmp
     assert errors == "run.sh: SIGTERM: stopping after this step or validation; Ctrl-C stops it now\n"
     assert "stopped by SIGTERM in logs/tiny/baseline/000.txt, with a checkpoint; rerun" in output
     assert log.with_name("000.resume.ckpt").exists() and val_losses(log.read_text()) == val_losses(output) != {}
+
+
+def test_a_smoke_test_reports_what_a_full_run_will_take_and_leaves_no_files(tmp_path):
+    """But torchrun leaves an empty folder."""
+    process = start("env", f"TMPDIR={tmp_path}", "./run.sh", "--smoke", "configs/none.toml")
+    output, errors = process.communicate()
+    assert (process.returncode, errors, [*tmp_path.glob("tmp*")]) == (0, "", [])
+    assert re.search(r"""^configs/none.toml:
+warm-up: \d+ s
+speed: \d+\.\d ms a step
+peak memory resident: \d+ MiB
+loss: 5.9506 at step 0 and 4\.\d+ at step 10
+full run: estimate: at least \d+ min, for 160 steps of \d+ ms and 5 validations of \d+\.\d s
+run.sh: 1 finished, 0 diverged, 0 failed$""", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", [

@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 import struct
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from helpers import fail
 
-from data.shards import MissingShardsError, fingerprint, open_shards, write_shard
+from data.shards import MissingShardsError, fingerprint, open_shards, write_shard, write_synthetic_shard
 
 
 def header(magic=20240520, version=1, count=20_000):
@@ -22,6 +22,13 @@ def test_a_shard_is_256_int32_and_its_tokens_as_uint16_and_shards_are_sorted(tmp
         write_shard(tmp_path / f"s_{number:06d}.bin", (np.array(part) for part in ([number], [50_256, 65_535])))
     assert (tmp_path / "s_000002.bin").read_bytes() == header(count=3) + struct.pack("<3H", 2, 50_256, 65_535)
     assert [shard.read(0, 1).item() for shard in open_shards(f"{tmp_path}/s_*.bin")] == [1, 2, 10]
+
+
+def test_synthetic_documents_begin_with_the_end_of_text_and_are_as_long_as_stated(tmp_path):
+    write_synthetic_shard(tmp_path / "s.bin", 1_000_000, 2**16, 7)
+    tokens = open_shards(f"{tmp_path}/s.bin")[0].read(0, 1_000_000)
+    assert tokens[0] == 7 and tokens.max() > 60_000 and 600 < 1_000_000 / (tokens == 7).sum() < 900
+    assert (tokens == 0).mean() == pytest.approx(2 * (tokens == 1).mean(), rel=0.3)
 
 
 def test_a_shard_that_changes_during_a_run(tmp_path, monkeypatch):
@@ -37,7 +44,7 @@ def test_a_shard_that_changes_during_a_run(tmp_path, monkeypatch):
     (tmp_path / "new").rename(path)
     assert replaced.read(490, 10).tolist() == 10 * [7]
     for number, fix in ((errno.EIO, "check its path, permissions and disk"), (errno.EMFILE, "raise ulimit -n")):
-        monkeypatch.setattr(os, "pread", lambda *_: fail(OSError(number, os.strerror(number))))
+        monkeypatch.setattr(os, "pread", Mock(side_effect=OSError(number, os.strerror(number))))
         with pytest.raises(ValueError, match=f"{path}: cannot be read: {os.strerror(number)}; {fix}"):
             opened.read(0, 500)
 
