@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import shutil
+import signal
 import sys
 import textwrap
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, m
 
 MAX_SENTENCES = 4  # configurations that are described without --verbose
 MAX_NAMES = 8  # of one verdict, in the first line
+PROGRESS_S = 5
 HEADER = (["", "", "", "loss change", "", "", "", "time change", "", "", "ms /"],  # what does not fit falls off the end
           ["name", "verdict", "runs", "1e-3 nats", "p", "final loss", "time, s", "s", "p", "step", "step"])
 
@@ -274,9 +276,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def report_progress(task: str) -> None:
+    """Name the current task on standard error every PROGRESS_S seconds, until the next call; without a task, stop."""
+    period = PROGRESS_S if task else 0
+    signal.signal(signal.SIGALRM, lambda *_: say(f"compare.py: {task} ...", "stderr"))
+    signal.setitimer(signal.ITIMER_REAL, period, period)
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
+        report_progress("reading logs")
         runs, lines = read_configurations(options.paths)
         if not runs:
             raise ValueError(f"no results to compare: {'; '.join(lines)}")
@@ -287,6 +297,7 @@ def main(arguments: list[str]) -> int:
             runs = {name: [run.cut(options.at) for run in group] for name, group in runs.items()}
             if not any(run.finished for group in runs.values() for run in group):
                 raise ValueError(f"--at {options.at}: no run has a validation there; name a step of the logs")
+        report_progress(f"comparing {plural(len(runs), 'configuration')}")
         comparison, of_time = Comparison(runs, baseline, options.target), options.x == "time"
         if options.forest:
             plot.forest(comparison, of_time, options.forest)
@@ -311,6 +322,8 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        report_progress("")
     return 0
 
 

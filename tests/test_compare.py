@@ -126,6 +126,16 @@ def test_unfinished_and_diverged_runs_are_in_no_number_but_in_csv(two, capsys):
     assert list(rows[1].values()) == ["baseline", "000.txt", "10", "40", "4.0", "1000"]
 
 
+def test_a_long_task_is_named_every_few_seconds(two, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "PROGRESS_S", 0.02)
+    monkeypatch.setattr(compare, "Comparison", lambda *_: time.sleep(0.1) or compare.parse([]))
+    _, _, errors = run(capsys, two)
+    assert errors.count("compare.py: comparing 2 configurations ...") > 2
+    time.sleep(0.05)
+    assert capsys.readouterr() == ("", "")
+
+
+
 def test_at_compares_an_earlier_validation_also_of_unfinished_runs(two, capsys):
     write(two / "new" / "0.txt", result_lines([10.0, 4.0, 3.18, 2.93], total=40))
     assert as_json(capsys, two, "--at", 20)["new"]["final_loss_mean"] == pytest.approx(3.18)
