@@ -169,7 +169,7 @@ def test_without_a_config_it_is_the_baseline_and_on_a_cpu_at_scale_tiny(folder, 
     write_configs(folder / "configs", baseline=dict(is_large=True))
     result = run(folder, *words)
     assert started(folder, "options")[0] == [*options, "--run_id=0"] and started(folder) == ["baseline/000.txt"]
-    assert "run.sh: no config given; using configs/baseline.toml" in result.out.splitlines()[0]
+    assert "run.sh: using configs/baseline.toml" in result.out.splitlines()[0]
     assert ("--scale tiny" in result.out) == (kind == "CPU cores")
 
 

@@ -107,13 +107,14 @@ before(train.Trainer, "start_reduction", None, lambda trainer, p: trainer.is_las
 def test_the_backward_compiles_nothing(small_config, process_group, monkeypatch):
     """On CUDA it runs in a thread of its own, which does not know the compiler's options."""
     maps = [[0], {"layers": [1, 3], "source": "embedding"}]
+    torch._dynamo.reset()
     trainer = start_trainer(small_config(value_embeddings=maps, sequences_per_step=1))
     batch, compiled, compile_with = next(batches_of(trainer)), [], torch.compile
     monkeypatch.setattr(train.Share, "sum_gradients", None)
     monkeypatch.setattr(torch._dynamo.callback_handler, "end_callbacks", [compiled.append])
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **options: None)
     monkeypatch.setattr(torch, "compile", lambda function, **options: (
-        compile_with(function, backend="eager") if function is train.sum_tensors else function))
+        compile_with(function, **options | {"backend": "eager"}) if function is train.sum_tensors else function))
     trainer.model.compile_parts(128)
     assert len(compiled) == 1
     trainer.loss(0, batch[0][0], batch[1][0]).backward()
