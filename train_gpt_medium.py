@@ -40,7 +40,7 @@ from configs import checks
 from configs.checks import NO_ATTENTION_LAYER, NUM_LAYERS, num_source_heads, read_entry
 from configs.config import check_log_dir, error_context, expand_path, key, load, parse_command_line, scale_path
 from data.loader import train_batches, val_sequences
-from data.shards import MissingShardsError, open_shards
+from data.shards import open_shards
 from logs import checkpoint, distributed, run_log, summary
 from logs.distributed import on_all_ranks
 from logs.log_format import program_text
@@ -55,7 +55,7 @@ ROPE_MIN_FREQUENCY = 1 / 1024  # radians per token; the highest is 1
 GATE_DIM = 16  # features of the attention's input that a value-embedding gate reads
 BLOCK_SIZE = 128  # tokens per block of the attention mask
 MAX_WINDOW = 3456  # tokens; the long window grows to it
-LONG_WINDOW_LAYERS = {0, 4, 11, 15}  # every other attention layer sees half of the window
+LONG_WINDOW_LAYERS = {0, 4, 11, 15}  # the other attention layers see half of the window
 ADAMW_BETAS, ADAMW_EPS, MUON_LR = (0.8, 0.95), 1e-10, 0.025
 MIN_MOMENTUM, MAX_MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 300  # Muon's momentum rises linearly over these steps
 NEWTON_SCHULZ_COEFFICIENTS = (  # (a, b, c) of each iteration, by @YouJiacheng
@@ -272,6 +272,7 @@ class Rotary(nn.Module):
 class TokenTable(nn.Embedding):
     """Read a row for each token; weight (V, 128 * heads)."""
     has_rows = False  # whether an entry of the map may set `rows`
+    reads_x0 = False
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(hp.vocab_size, HEAD_DIM * heads, _weight=torch.empty(hp.vocab_size, HEAD_DIM * heads))
@@ -287,6 +288,7 @@ class TokenTable(nn.Embedding):
 class BigramTable(nn.Embedding):
     """Read a row for each hashed pair of tokens (modded-nanogpt's pull request 201); weight (rows, 128 * heads)."""
     has_rows = True
+    reads_x0 = False
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(rows, HEAD_DIM * heads)
@@ -305,6 +307,7 @@ class BigramTable(nn.Embedding):
 class EmbeddingMap(nn.Module):
     """Map x0 to values, normed per head (value residual learning, https://arxiv.org/abs/2410.17897)."""
     has_rows = False
+    reads_x0 = True
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__()
@@ -372,7 +375,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, ve: list[Tensor], skip_weight: Tensor | None,
                 block_lambdas: Tensor, sa_lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
-        """Map x, x0, skip and each of ve (T, d) to (T, d). The attention's input is not normed."""
+        """Map x, x0 and skip (T, d), with each of ve (T, 128 * heads), to (T, d). Attention's input is not normed."""
         if skip is not None:
             x = x + skip_weight * skip
         x = block_lambdas[0] * x + block_lambdas[1] * x0
@@ -459,7 +462,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         Share.sum_gradients = torch.compile(sum_tensors, dynamic=False)
-        num_readers = 1 + NUM_LAYERS + sum(isinstance(source, EmbeddingMap) for source in self.value_embeds)
+        num_readers = 1 + NUM_LAYERS + sum(source.reads_x0 for source in self.value_embeds)
         with torch.no_grad():  # this call compiles it: the backward's thread would not know the compiler's options
             Share.sum_gradients(*self.embed.weight.new_empty(num_readers, seq_len, self.embed.embedding_dim))
         self.attention_masks = torch.compile(attention_masks, dynamic=False, fullgraph=True)
@@ -633,7 +636,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, hp, self.rank, self.world_size)
         self.loss_weight = torch.tensor(1 / hp.sequences_per_step, device=device)
         self.windows = [torch.tensor(blocks, dtype=torch.int32, device=device)  # made once: a copy would stall the CPU
-                        for blocks in range(MAX_WINDOW // BLOCK_SIZE + 1)]
+                        for blocks in range(math.ceil(MAX_WINDOW / BLOCK_SIZE) + 1)]
         if device.type == "cuda":
             torch._inductor.config.coordinate_descent_tuning = hp.coordinate_descent_tuning
             self.model.compile_parts(hp.train_seq_len)
@@ -795,8 +798,7 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
 
 
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
-    """Check memory, shards and finished runs; return a new run's identity. Raises as they do."""
-    distributed.check_mask_memory(str(config), device_type, max(hp.train_seq_len, hp.val_seq_len))
+    """Check shards and finished runs; return a new run's identity. Raises as they do."""
     step_tokens = hp.sequences_per_step * hp.train_seq_len
     data = checks.check_streams(config, hp.vocab_size, hp.eot_id, hp.train_files, step_tokens, hp.num_iterations,
                                 hp.val_files, hp.val_seq_len, hp.num_val_sequences)
@@ -809,21 +811,29 @@ def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str,
 
 
 def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
-    """Check a config and return what configs/run_queue.py needs; "fetch" is the command for missing data, or []."""
+    """Check a config and return what configs/run_queue.py needs.
+
+    "fetch" is the command for missing data, or []. "refusal" says why this machine cannot train it, and "data_fault"
+    why its data or its finished runs forbid it; they are "" if nothing does.
+    """
     hp, (devices, device_kind) = load(Hyperparameters, config, overrides), distributed.count_devices()
-    drawing, fetch = check_run(hp, config, world_size=1), []
+    drawing, device_type = check_run(hp, config, world_size=1), "cuda" if device_kind == "GPUs" else "cpu"
+    fetch, refusal, data_fault = [], "", ""
     try:
-        check_data(hp, config, "cuda" if device_kind == "GPUs" else "cpu")
-    except MissingShardsError as error:
-        if not error.command:
-            raise
-        fetch = error.command
+        distributed.check_mask_memory(config, device_type, max(hp.train_seq_len, hp.val_seq_len))
+    except ValueError as error:
+        refusal = str(error)
+    try:
+        check_data(hp, config, device_type)
+    except ValueError as error:
+        fetch = getattr(error, "command", [])
+        data_fault = "" if fetch else str(error)
     log_folder = run_log.log_path(hp.log_dir, hp.scale, config, 0).parent
     files = [str(config), *([str(scale_path(hp.scale))] if hp.scale else [])]
     world_sizes = checks.valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
     return dict(config=str(config), files=files, log_folder=str(log_folder), configuration=asdict(hp), drawing=drawing,
                 num_ranks=max(n for n in world_sizes if n <= devices), devices=devices, device_kind=device_kind,
-                fetch=fetch)
+                fetch=fetch, refusal=refusal, data_fault=data_fault)
 
 
 def main(arguments: list[str]) -> int:
@@ -838,6 +848,7 @@ def main(arguments: list[str]) -> int:
     drawing = on_all_ranks(check_run, hp, config, dist.get_world_size())
     if dist.get_rank() == 0:
         run_log.say(f"{drawing}\n{distributed.describe_device(device)}")  # before the data, which may be missing
+    on_all_ranks(distributed.check_mask_memory, config, device.type, max(hp.train_seq_len, hp.val_seq_len))
     identity = on_all_ranks(check_data, hp, config, device.type)
     on_all_ranks(distributed.check_equal_on_ranks, identity)
     if options.check:

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 from configs.config import error_context
@@ -118,7 +119,10 @@ def check_sources(entries: list, only: list[int], num_heads: int, scale: str) ->
 def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
     """Draw the layers from first to last, a column per source: its letter where a layer uses it, | between its uses."""
     sources = [read_entry(entry) for entry in entries]
-    letters = {s.source: "o" if s.source == "token" else s.source[0] for s in sources}
+    letters: dict[str, str] = {}
+    for kind in (source.source for source in sources if source.source not in letters):
+        free = (c for c in kind + ascii_letters if c not in ("o", *letters.values()))
+        letters[kind] = "o" if kind == "token" else next(free)
     noun, legend = "table", ""
     if set(letters) - {"token"}:
         noun, legend = "source", f" ({', '.join(f'{letter} {kind}' for kind, letter in letters.items())})"

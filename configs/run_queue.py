@@ -7,6 +7,7 @@ the commands it names fetch missing data, and torchrun trains one run after the 
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -54,9 +55,11 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     options, words = parser.parse_known_args(arguments)
     if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
         raise ValueError("-n takes the number of runs, 1 to 999, and --run_id the number of a run, 0 to 999")
+    if options.smoke and (options.n, options.run_id) != (1, 0):
+        raise ValueError("--smoke trains each config once; omit -n and --run_id")
     with error_context("--notify"):
         options.notify = shlex.split(options.notify)
-    wrong = [word for word in words if re.match("-[^-0-9]|--json", word)]
+    wrong = [word for word in words if re.match(r"-[^-.\d]|--json", word)]
     wrong += [word for word in options.notify[:1] if not shutil.which(word)]
     if wrong:
         raise ValueError(f"{wrong[0]}: no such option or command; quote COMMAND, as in --notify 'mail -s done me'")
@@ -69,10 +72,10 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     return options, configs, overrides
 
 
-def describe(configs: list[str], overrides: list[str], **environment: str) -> list[SimpleNamespace]:
+def describe(configs: list[str], overrides: list[str]) -> list[SimpleNamespace]:
     """Have the training script check and describe the configs. Exits with status 2 if it has printed an error."""
     command = [sys.executable, PROGRAM, "--check", "--json", *configs, *overrides]
-    check = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    check = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if status := check.returncode:
         raise SystemExit(2) if status == 2 else ValueError(f"{PROGRAM} --check failed ({status}); see the lines above")
     return [SimpleNamespace(**values) for values in json.loads(check.stdout)]
@@ -91,10 +94,16 @@ def check_runs(experiments: list[SimpleNamespace], num_runs: int) -> None:
 
 
 def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_check: bool) -> list[SimpleNamespace]:
-    """Run the commands that fetch missing data, each once; describe the configs anew. Raises ValueError on failure."""
+    """Run the commands that fetch missing data, each once; describe the configs anew.
+
+    Raises ValueError if one fails, or if data or finished runs forbid an experiment.
+    """
     tried = []
-    while missing := [e for e in experiments if e.fetch]:
-        e, command = missing[0], shlex.join(["python", *missing[0].fetch])
+    while faulty := [e for e in experiments if e.data_fault or e.fetch]:
+        for e in faulty:
+            if e.data_fault:
+                raise ValueError(e.data_fault)
+        e, command = faulty[0], shlex.join([sys.executable, *faulty[0].fetch])
         if only_check or e.fetch in tried:
             raise ValueError(f"{e.config}: data is missing; fetch it with: {command}")
         tried.append(e.fetch)
@@ -105,13 +114,22 @@ def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_ch
     return experiments
 
 
+def check_machine(experiments: list[SimpleNamespace]) -> None:
+    """Raise ValueError if this machine cannot train one of the experiments."""
+    for e in experiments:
+        if e.refusal:
+            raise ValueError(e.refusal)
+
+
 def prepare_smoke_test(e: SimpleNamespace, folder: str) -> list[str]:
     """Write synthetic shards for a few steps at an experiment's size; return the options that train on them."""
     full, steps = e.configuration, SMOKE_TEST_STEPS[e.device_kind]
-    step_tokens, val_tokens = full["sequences_per_step"] * full["train_seq_len"], 8 * full["val_seq_len"]
+    step_tokens = full["sequences_per_step"] * full["train_seq_len"]
+    val_tokens = e.num_ranks * math.ceil(8 / e.num_ranks) * full["val_seq_len"]  # the same ranks as in a full run
     eot_id = full["vocab_size"] - 1 if full["end_of_text"] is None else full["end_of_text"]
-    for name, num_tokens in (("train", steps * step_tokens), ("val", val_tokens)):
-        write_synthetic_shard(Path(folder, f"{name}.bin"), num_tokens + 2, full["vocab_size"], eot_id)
+    with error_context(f"cannot write synthetic shards to {folder}; set TMPDIR to a folder with space"):
+        for name, num_tokens in (("train", steps * step_tokens), ("val", val_tokens)):
+            write_synthetic_shard(Path(folder, f"{name}.bin"), num_tokens + 2, full["vocab_size"], eot_id)
     keys = dict(train_files=f"{folder}/train.bin", val_files=f"{folder}/val.bin", val_tokens=val_tokens, log_dir=folder,
                 num_iterations=steps, val_loss_every=steps, warmup_steps=max(1, full["warmup_steps"]),
                 checkpoint_every=0, save_checkpoint="false", coordinate_descent_tuning="false")
@@ -164,11 +182,15 @@ class Queue:
             os.pwrite(self.file, text, 0)
             os.ftruncate(self.file, len(text))
 
-    def train(self, experiments: list[SimpleNamespace], run_ids: range, overrides: list[str]) -> None:
-        """Train all runs, until a signal stops the queue. Skip the finished ones; their times project the end."""
+    def collect_signals(self) -> None:
+        """From now on, stop between and within runs, with what that takes, instead of at once."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda number, frame: self.signals.append(number))
+
+    def train(self, experiments: list[SimpleNamespace], run_ids: range, overrides: list[str]) -> None:
+        """Train all runs, until a signal stops the queue. Skip the finished ones; their times project the end."""
+        self.collect_signals()
         runs, seconds = [], []
         for run_id, e in itertools.product(run_ids, experiments):
             log, e.program = Path(e.log_folder, f"{run_id:03d}.txt"), read_program(e)
@@ -248,13 +270,18 @@ class Queue:
                     say(line, "stderr")
         return "; ".join(dict.fromkeys(complaints)), status or run.returncode
 
-    def smoke_test(self, configs: list[str], overrides: list[str]) -> int:
-        """Train a few steps of each config on synthetic tokens and report times, memory and losses; leave no files."""
-        for full in describe(configs, overrides):
+    def smoke_test(self, experiments: list[SimpleNamespace], overrides: list[str]) -> int:
+        """Train a few steps of each on synthetic tokens and report times, memory and losses; leave no files."""
+        self.collect_signals()
+        for full in experiments:
             with tempfile.TemporaryDirectory() as folder:
-                short = describe([full.config], options := overrides + prepare_smoke_test(full, folder))
-                self.train(short, range(1), options)
-                for log in [log for log in self.outcomes if log.is_file() and run_log.is_finished(log)]:
+                options = overrides + prepare_smoke_test(full, folder)
+                if self.signals:
+                    break
+                (short,) = describe([full.config], options)
+                self.train([short], range(1), options)
+                log = Path(short.log_folder, "000.txt")
+                if self.outcomes.get(log) == "":
                     say(f"{full.config}:\n{summary.describe_smoke_test(log, full.configuration)}")
         return self.summarize()
 
@@ -290,18 +317,23 @@ def main(arguments: list[str]) -> int:
         options, configs, overrides = parse_options(arguments)
         os.chdir(ROOT)
         queue = None if options.check else Queue(options.notify)
-        if not configs or options.smoke:
-            configs, note = configs or ["configs/baseline.toml"], ""
-            if describe(configs, overrides, ANY_SIZE_ON_CPU="1")[0].device_kind == "CPU cores":
-                overrides, note = ["--scale=tiny", *overrides], " --scale tiny, as there is no GPU"
+        may_choose_scale = options.smoke or not configs
+        configs, note = configs or ["configs/baseline.toml"], ""
+        experiments = describe(configs, overrides)
+        if may_choose_scale:
+            if experiments[0].device_kind == "CPU cores" and not experiments[0].configuration["scale"]:
+                overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
+                experiments = describe(configs, overrides)
             say(f"run.sh: using {' '.join(configs)}{note}")
         if options.smoke:
-            return queue.smoke_test(configs, overrides)
-        experiments = describe(configs, overrides)
+            check_machine(experiments)
+            return queue.smoke_test(experiments, overrides)
         check_runs(experiments, options.n)
         for e in experiments if options.check else []:
-            say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n"
-                f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}")
+            ranks = e.refusal or f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}"
+            say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n{ranks}")
+        if queue:
+            check_machine(experiments)
         experiments = fetch_data(experiments, overrides, only_check=options.check)
         if queue is None:
             say(f"run.sh: {run_log.plural(len(experiments), 'config')} checked, with the data")

@@ -83,7 +83,7 @@ def update(names: list[str], only_check: bool) -> None:
             for name in damage:
                 (FINEWEB_FOLDER / name).unlink(missing_ok=True)
     if faults := "; ".join(f"{name}: {fault}" for name, fault in damage.items()):
-        raise ValueError(f"{faults}; fetch again: python data/cached_fineweb10B.py {shard_number(names[-1])}")
+        raise ValueError(f"{faults}; fetch again: {sys.executable} data/cached_fineweb10B.py {shard_number(names[-1])}")
 
 
 def explain(error: Exception) -> str:

@@ -7,7 +7,9 @@ import io
 import itertools
 import math
 import os
+import shlex
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ class MissingShardsError(ValueError):
     """Shards are missing, or `path` is damaged. `command` holds the arguments of a Python command that gets them."""
 
     def __init__(self, message: str, path: str = "", command: Iterable[str] = ()):
-        super().__init__(message + (f": python {' '.join(command)}" if command else ""))
+        super().__init__(message + (f": {shlex.join([sys.executable, *command])}" if command else ""))
         self.path, self.command = path, list(command)
 
 

@@ -193,10 +193,10 @@ def count_cores() -> int:
     return cores
 
 
-def check_mask_memory(config: str, device_type: str, seq_len: int) -> None:
+def check_mask_memory(config: Path, device_type: str, seq_len: int) -> None:
     """Raise ValueError if a CPU's dense masks of `seq_len` tokens would take more than 16 GiB."""
     gib = 2 * 4 * seq_len**2 / 2**30  # two, in fp32
-    if device_type == "cpu" and gib > 16 and not os.environ.get("ANY_SIZE_ON_CPU"):
+    if device_type == "cpu" and gib > 16 and os.environ.get("ANY_SIZE_ON_CPU", "0") in ("", "0"):
         raise ValueError(f"{config}: on a CPU, attention masks of {seq_len:,} tokens would take {gib:,.0f} GiB; "
                          "add --scale tiny, train on a GPU, or set ANY_SIZE_ON_CPU=1 to try it")
 

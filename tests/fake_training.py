@@ -30,7 +30,7 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 
 def resolve(config, options):
     """Return the configuration, how a run ends, and the command that fetches missing data."""
-    values = {"description": "", "seed": None, "run_id": None} | json.loads(Path(config).read_text())
+    values = {"description": "", "scale": "", "seed": None, "run_id": None} | json.loads(Path(config).read_text())
     values |= dict(option[2:].split("=", 1) for option in options)
     fetch = values.pop("fetch", None)
     return values, values.pop("how", "finish"), None if os.path.exists("shard") else fetch
@@ -43,13 +43,15 @@ def check(words):
     for config in (word for word in words if not word.startswith("--")):
         configuration, how, fetch = resolve(config, options)
         is_large = configuration.get("is_large") and "--scale=tiny" not in options and "KIND" not in os.environ
-        if fetch == [] or how == "mistake" or is_large and "ANY_SIZE_ON_CPU" not in os.environ:
-            print(f"train_gpt_medium.py: {config}: {'no shards' if fetch == [] else 'a mistake'}", file=sys.stderr)
+        if how == "mistake":
+            print(f"train_gpt_medium.py: {config}: a mistake", file=sys.stderr)
             sys.exit(2)
         experiments.append(dict(
             config=config, files=[config], log_folder=f"logs/{Path(config).stem}", num_ranks=2, devices=8,
             device_kind=os.environ.get("KIND", "CPU cores"), configuration=configuration,
-            drawing=f"map of {Path(config).stem}", fetch=fetch or []))
+            drawing=f"map of {Path(config).stem}", fetch=fetch or [],
+            refusal=f"{config}: too large for a CPU" * bool(is_large),
+            data_fault=f"{config}: no shards" if fetch == [] else ""))
     print(json.dumps(experiments))
 
 

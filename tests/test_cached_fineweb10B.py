@@ -22,6 +22,7 @@ from data.shards import write_shard
 
 VAL, *TRAIN = NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in (1, 2, 3, 4))]
 REPOSITORY, COMMIT = "kjj0/fineweb10B-gpt2", "c0ffee" + 34 * "0"
+COMMAND = f"{sys.executable} data/cached_fineweb10B.py"
 PATHS = re.compile(rf"/(?:api/)?datasets/{REPOSITORY}/(revision|tree|resolve)/(?:main|[0-9a-f]{{40}})/?.*|/(blobs)/.*")
 
 
@@ -127,7 +128,7 @@ def test_a_number_means_the_validation_shard_and_that_many(fetch, hub, tmp_path)
     assert fetch(2)[0] == fetch(0)[0] == ""
     error, output = fetch("--check")
     assert error == "" and f"commit {COMMIT}, 3 of 3 shards intact, enough for 4 steps of" in output
-    assert f"{TRAIN[2]}: missing; fetch again: python data/cached_fineweb10B.py 3" in fetch("--check", 3)[0]
+    assert f"{TRAIN[2]}: missing; fetch again: {COMMAND} 3" in fetch("--check", 3)[0]
     assert "NUM_SHARDS is 5; use 0 (only the validation shard) to 4" in fetch(5)[0] and hub.requests == []
     (hub.folder / TRAIN[0]).unlink()
     assert f"{TRAIN[0]}: missing" in fetch("--check")[0] and hub.requests == []
@@ -157,7 +158,7 @@ def test_a_shard_damaged_on_disk_or_on_its_way_is_fetched_again(fetch, hub, bad)
     (hub.folder / TRAIN[1]).write_bytes(bad(hub.files[TRAIN[1]]))
     hub.requests.clear()
     error, _ = fetch("--check")
-    assert f"{TRAIN[1]}: " in error and error.endswith("SHA-256; fetch again: python data/cached_fineweb10B.py 2")
+    assert f"{TRAIN[1]}: " in error and error.endswith("SHA-256; fetch again: " + COMMAND + " 2")
     assert there(hub.folder)[TRAIN[1]] == bad(hub.files[TRAIN[1]]) and hub.requests == []
     assert fetch(2)[0] == "" and hub.fetched() == [TRAIN[1]] and there(hub.folder)[TRAIN[1]] == hub.files[TRAIN[1]]
 

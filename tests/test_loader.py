@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -136,7 +137,7 @@ def test_a_faulty_stream_and_the_command_for_it(tmp_path, monkeypatch, tokens, p
     if fault:
         command = [] if number is None else ["data/cached_fineweb10B.py", str(number)]
         assert getattr(raised.value, "command", []) == command
-        assert str(raised.value).partition(": python ")[2] == " ".join(command)
+        assert str(raised.value).partition(f": {sys.executable} ")[2] == " ".join(command)
 
 
 def test_local_text_is_made_only_where_there_is_none(tmp_path, monkeypatch):

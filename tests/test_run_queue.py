@@ -162,15 +162,15 @@ def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(folder, a
 
 @pytest.mark.parametrize("kind, words, options", [
     ("CPU cores", [], ["--scale=tiny"]), ("GPUs", [], []),
-    ("CPU cores", ["--scale", "small"], ["--scale=tiny", "--scale=small"]),  # of two options the second wins
+    ("CPU cores", ["--scale", "small"], ["--scale=small"]),
 ])
 def test_without_a_config_it_is_the_baseline_and_on_a_cpu_at_scale_tiny(folder, monkeypatch, kind, words, options):
     monkeypatch.setenv("KIND", kind) if kind == "GPUs" else None
-    write_configs(folder / "configs", baseline=dict(is_large=True))
+    write_configs(folder / "configs", baseline=dict(is_large=not words))
     result = run(folder, *words)
     assert started(folder, "options")[0] == [*options, "--run_id=0"] and started(folder) == ["baseline/000.txt"]
     assert "run.sh: using configs/baseline.toml" in result.out.splitlines()[0]
-    assert ("--scale tiny" in result.out) == (kind == "CPU cores")
+    assert ("--scale tiny" in result.out) == ("--scale=tiny" in options)
 
 
 def test_check_starts_and_fetches_nothing(folder, monkeypatch):
@@ -179,9 +179,11 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
     result = run(folder, "--check", one=dict(description="why"), two={})
     assert result.status == 0 and "one.toml: why\nmap of one\nlogs: logs/one\nranks: 2 of 8 CPU cores" in result.out
     assert "map of two" in result.out and "2 configs checked, with the data" in result.out
+    result = run(folder, "--check", one=dict(is_large=True))
+    assert result.status == 0 and re.search("logs: logs/one\n.*one.toml: too large for a CPU\n", result.out)
     result = run(folder, "--check", one={}, two=dict(fetch=MAKE_SHARD))
     assert result.status == 2 and "map of two" in result.out
-    assert "two.toml: data is missing; fetch it with: python -c" in result.err
+    assert f"two.toml: data is missing; fetch it with: {sys.executable} -c" in result.err
     assert sorted(folder.rglob("*")) == sorted([*before, folder / "one.toml", folder / "two.toml"])
 
 
@@ -197,10 +199,12 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
     (["--notify", "no-such-command x"], "no-such-command: no such option or command; quote COMMAND"),
     (["--notify", "sh", "-s", "done"], "-s: no such option or command; quote COMMAND"),
     (["--notify", "'"], "--notify: No closing quotation"), (["--json"], "--json: no such option or command"),
-    (["wrong.toml"], "train_gpt_medium.py: wrong.toml: a mistake"),
+    (["wrong.toml"], "train_gpt_medium.py: wrong.toml: a mistake"), (["large.toml"], "large.toml: too large for a CPU"),
+    (["--smoke", "-n", "2"], "--smoke trains each config once; omit -n and --run_id"),
 ])
 def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment):
-    write_configs(folder, seeded=dict(seed=5), numbered=dict(run_id=3), wrong=dict(how="mistake"))
+    write_configs(folder, seeded=dict(seed=5), numbered=dict(run_id=3), wrong=dict(how="mistake"),
+                  large=dict(is_large=True))
     result = run(folder, *arguments, one={})
     assert result.status == 2 and result.out == "" and started(folder) == []
     assert len(result.err.splitlines()) == 1 and fragment in result.err
@@ -208,7 +212,7 @@ def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment)
 
 @pytest.mark.parametrize("command, other, last_line, made", [
     (MAKE_SHARD[1], {}, "", "shard"),
-    ("open('tried', 'a').write('x')", {}, ".*one.toml: data is missing; fetch it with: python -c .*", "tried x"),
+    ("open('tried', 'a').write('x')", {}, ".*one.toml: data is missing; fetch it with: .* -c .*", "tried x"),
     ("raise SystemExit(1)", {}, ".*failed; see the lines above", ""),
     ("open('crash', 'x')", {}, "run.sh: train_gpt_medium.py --check failed \\(1\\); see the lines above", "crash"),
     (MAKE_SHARD[1], dict(two=dict(fetch=[])), ".*two.toml: no shards", ""),  # another lacks what no command gets
