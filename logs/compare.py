@@ -54,7 +54,7 @@ def summarize(comparison: Comparison, name: str) -> dict[str, Any]:
         name=name, runs=len(finished), num_iterations=comparison.runs[name][0].num_iterations,
         final_loss_mean=test["mean"], final_loss_std=test["std"], steps_to_target=own.step, time_to_target=own.seconds,
         total_time_mean=mean(totals), total_time_std=deviation(totals),
-        step_avg_ms=mean([run.step_avg_ms for run in finished]),
+        step_avg_ms=mean([run.step_avg_ms for run in finished if np.isfinite(run.step_avg_ms)]),
         break_even_step_ms=1000 * baseline.seconds / own.step if own.step and baseline.step is not None else None,
         missed=[run["time_to_target"] for run in single].count(None), t_test=test,
         versus_baseline=None if name == comparison.baseline else versus, single_runs=single)
@@ -193,7 +193,7 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
              "too far to extrapolate. better, worse: p < 0.05; record: p < 0.01."]
     for what, unit, family in (("loss", "nats", comparison.loss), ("time", "s", comparison.time)):
         if not family.deviation:
-            lines.append(f"No test of {what}: it needs two runs of a configuration.")
+            lines.append(f"No test of {what}: it needs two runs of a configuration that differ.")
         elif family.effects:
             lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once"
                          f"{', runs paired by seed' * family.is_paired}; deviation {family.deviation:.3g} {unit}, "
@@ -267,6 +267,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             ("--x", options.x, "--forest or --plot", options.forest or options.plot),
             ("--from", options.low, "--plot", options.plot), ("--to", options.high, "--plot", options.plot),
             ("--scatter", options.scatter, "--against", options.against),
+            ("--against", options.against, "the table or --json", options.form != "csv"),
             ("--power", options.power, "the table", is_table), ("--verbose", options.verbose, "the table", is_table)):
         if value not in (None, False) and not has:
             parser.error(f"{option}: without effect; use it with {needs}")
@@ -310,7 +311,11 @@ def main(arguments: list[str]) -> int:
             return 0
         ranking = None
         if options.against:
-            other = Comparison(read_configurations([options.against])[0], baseline, None)
+            others, other_notes = read_configurations([options.against])
+            if baseline not in others:
+                raise ValueError(f"--against {options.against}: no configuration is named {baseline} there, among "
+                                 f"{', '.join(others) or '; '.join(other_notes)}; use --baseline")
+            other = Comparison(others, baseline, None)
             ranking = run_statistics.rank_alike(comparison.loss, other.loss)
             if options.scatter:
                 plot.scatter(comparison.loss, other.loss, ranking, options.scatter)

@@ -1,6 +1,7 @@
 """Read logs: which files are logs, what each one says, and which runs belong to one configuration."""
 
 import glob
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -143,7 +144,8 @@ def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Result]], lis
     """Return {name: runs} and a line on everything skipped. Runs of one folder that differ are split and noted."""
     found, notes = find_logs(paths)
     configurations: dict[str, list[Result]] = {}
-    for folder, logs in zip(shortest_names(list(found)), found.values()):
+    names = shortest_names(list(found))
+    for folder, logs in zip(names, found.values()):
         groups: dict[str, list[Result]] = {}
         for log in sorted(logs):
             try:
@@ -153,7 +155,8 @@ def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Result]], lis
                 continue
             changes = {name: list_changes(group[0], run) for name, group in groups.items()}
             same = [name for name in groups if not changes[name]]
-            name = same[0] if same else f"{folder}:{len(groups) + 1}" if groups else folder
+            free = (f"{folder}:{n}" for n in itertools.count(len(groups) + 1))
+            name = same[0] if same else next(n for n in free if n not in names) if groups else folder
             if groups and not same:
                 notes.append(f"{name} ({log.name}) is split from {folder}: {'; '.join(changes[folder])}")
             groups.setdefault(name, []).append(run)

@@ -202,6 +202,8 @@ def test_odd_and_long_names_fit_both_tables(two, capsys):
     (". --json --csv", "--csv: not allowed with"), (". --from 3", "--from: without effect"),
     (". --x time", "--x: without effect"), (". --json --power 1", "power"), (". --csv --verbose", "verbose"),
     (". --scatter a.png", "--scatter: without effect"), (". --against .", "needs repeated runs and 4 common"),
+    (". --against empty", "--against empty: no configuration is named baseline there, among empty: skipped, no logs"),
+    (". --against . --csv", "--against: without effect; use it with the table or --json"),
     (". --plot a.png --from 30 --to 20", "--to"), (". --grid a.png", "pairs_4x2"),
     (". --at 35", "--at 35: no run has a validation there"), (". --unknown", "--unknown")])
 def test_mistakes_are_a_line(two, monkeypatch, capsys, arguments, words):

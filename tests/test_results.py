@@ -106,6 +106,7 @@ def test_logs_in_deeper_folders_and_other_files_are_skipped_with_a_line(tmp_path
 def test_runs_of_one_folder_are_split_where_they_differ(tmp_path, text, change):
     write(tmp_path / "c" / "0.txt", our_log(TWO))
     write(tmp_path / "c" / "1.txt", text)
+    write(tmp_path / "c:2" / "0.txt", TWO)
     configurations, notes = read_configurations([tmp_path])
-    assert list(configurations) == (["c", "c:2"] if change else ["c"])
-    assert notes == [f"c:2 (1.txt) is split from c: {change}"] * bool(change)
+    assert list(configurations) == (["c", "c:3", "c:2"] if change else ["c", "c:2"])
+    assert notes == [f"c:3 (1.txt) is split from c: {change}"] * bool(change)
