@@ -833,7 +833,7 @@ def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
     world_sizes = checks.valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
     return dict(config=str(config), files=files, log_folder=str(log_folder), configuration=asdict(hp), drawing=drawing,
                 num_ranks=max(n for n in world_sizes if n <= devices), devices=devices, device_kind=device_kind,
-                fetch=fetch, refusal=refusal, data_fault=data_fault)
+                fetch=fetch, refusal=refusal, data_fault=data_fault, eot_id=hp.eot_id)
 
 
 def main(arguments: list[str]) -> int:

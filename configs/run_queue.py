@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,12 @@ def describe(configs: list[str], overrides: list[str]) -> list[SimpleNamespace]:
     return [SimpleNamespace(**values) for values in json.loads(check.stdout)]
 
 
+def raise_first(faults: Iterable[str]) -> None:
+    """Raise ValueError with the first fault that is not ""."""
+    for fault in filter(None, faults):
+        raise ValueError(fault)
+
+
 def check_runs(experiments: list[SimpleNamespace], num_runs: int) -> None:
     """Raise ValueError if runs would share a log or repeat each other."""
     folders = [e.log_folder for e in experiments]
@@ -99,11 +106,9 @@ def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_ch
     Raises ValueError if one fails, or if data or finished runs forbid an experiment.
     """
     tried = []
-    while faulty := [e for e in experiments if e.data_fault or e.fetch]:
-        for e in faulty:
-            if e.data_fault:
-                raise ValueError(e.data_fault)
-        e, command = faulty[0], shlex.join([sys.executable, *faulty[0].fetch])
+    raise_first(e.data_fault for e in experiments)
+    while missing := [e for e in experiments if e.fetch]:
+        e, command = missing[0], shlex.join([sys.executable, *missing[0].fetch])
         if only_check or e.fetch in tried:
             raise ValueError(f"{e.config}: data is missing; fetch it with: {command}")
         tried.append(e.fetch)
@@ -111,14 +116,8 @@ def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_ch
         if subprocess.call([sys.executable, *e.fetch], preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
             raise ValueError(f"{command} failed; see the lines above")
         experiments = describe([e.config for e in experiments], overrides)
+        raise_first(e.data_fault for e in experiments)
     return experiments
-
-
-def check_machine(experiments: list[SimpleNamespace]) -> None:
-    """Raise ValueError if this machine cannot train one of the experiments."""
-    for e in experiments:
-        if e.refusal:
-            raise ValueError(e.refusal)
 
 
 def prepare_smoke_test(e: SimpleNamespace, folder: str) -> list[str]:
@@ -126,10 +125,9 @@ def prepare_smoke_test(e: SimpleNamespace, folder: str) -> list[str]:
     full, steps = e.configuration, SMOKE_TEST_STEPS[e.device_kind]
     step_tokens = full["sequences_per_step"] * full["train_seq_len"]
     val_tokens = e.num_ranks * math.ceil(8 / e.num_ranks) * full["val_seq_len"]  # the same ranks as in a full run
-    eot_id = full["vocab_size"] - 1 if full["end_of_text"] is None else full["end_of_text"]
     with error_context(f"cannot write synthetic shards to {folder}; set TMPDIR to a folder with space"):
         for name, num_tokens in (("train", steps * step_tokens), ("val", val_tokens)):
-            write_synthetic_shard(Path(folder, f"{name}.bin"), num_tokens + 2, full["vocab_size"], eot_id)
+            write_synthetic_shard(Path(folder, f"{name}.bin"), num_tokens + 2, full["vocab_size"], e.eot_id)
     keys = dict(train_files=f"{folder}/train.bin", val_files=f"{folder}/val.bin", val_tokens=val_tokens, log_dir=folder,
                 num_iterations=steps, val_loss_every=steps, warmup_steps=max(1, full["warmup_steps"]),
                 checkpoint_every=0, save_checkpoint="false", coordinate_descent_tuning="false")
@@ -183,14 +181,13 @@ class Queue:
             os.ftruncate(self.file, len(text))
 
     def collect_signals(self) -> None:
-        """From now on, stop between and within runs, with what that takes, instead of at once."""
+        """From now on, let a signal stop the queue and its run in order, instead of ending this process at once."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def train(self, experiments: list[SimpleNamespace], run_ids: range, overrides: list[str]) -> None:
         """Train all runs, until a signal stops the queue. Skip the finished ones; their times project the end."""
-        self.collect_signals()
         runs, seconds = [], []
         for run_id, e in itertools.product(run_ids, experiments):
             log, e.program = Path(e.log_folder, f"{run_id:03d}.txt"), read_program(e)
@@ -272,7 +269,6 @@ class Queue:
 
     def smoke_test(self, experiments: list[SimpleNamespace], overrides: list[str]) -> int:
         """Train a few steps of each on synthetic tokens and report times, memory and losses; leave no files."""
-        self.collect_signals()
         for full in experiments:
             with tempfile.TemporaryDirectory() as folder:
                 options = overrides + prepare_smoke_test(full, folder)
@@ -326,18 +322,20 @@ def main(arguments: list[str]) -> int:
                 experiments = describe(configs, overrides)
             say(f"run.sh: using {' '.join(configs)}{note}")
         if options.smoke:
-            check_machine(experiments)
+            raise_first(e.refusal for e in experiments)
+            queue.collect_signals()
             return queue.smoke_test(experiments, overrides)
         check_runs(experiments, options.n)
         for e in experiments if options.check else []:
             ranks = e.refusal or f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}"
             say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n{ranks}")
         if queue:
-            check_machine(experiments)
+            raise_first(e.refusal for e in experiments)
         experiments = fetch_data(experiments, overrides, only_check=options.check)
         if queue is None:
             say(f"run.sh: {run_log.plural(len(experiments), 'config')} checked, with the data")
             return 0
+        queue.collect_signals()
         queue.train(experiments, range(options.run_id, options.run_id + options.n), overrides)
         return queue.summarize()
     except (ValueError, OSError) as error:
