@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from logs.log_format import ROOT, parse_step_lines, read_header, split_log
+from logs.log_format import ROOT, parse_step_lines, split_log
 
 BARS, MAX_BARS = "▁▂▃▄▅▆▇█", 80
 
@@ -24,15 +24,16 @@ def estimate(steps: range, val_loss_every: int, step_s: float, validation_s: flo
 
 def describe_smoke_test(log: Path, full: dict[str, Any]) -> str:
     """Return the times, memory and losses of a finished smoke test, and the estimate for the `full` configuration."""
-    text = log.read_text(encoding="utf-8")
-    *_, last = parse_step_lines(text)
-    validation_s, warm_up_s = re.findall(r"^estimate: .* of (\S+) s; the warm-up took (\S+) s$", text, re.MULTILINE)[0]
-    memory = re.findall("^peak memory .*$", text, re.MULTILINE)[0]
-    validation_s = float(validation_s) * full["val_tokens"] / read_header(log).configuration["val_tokens"]
-    full_run = estimate(range(full["num_iterations"]), full["val_loss_every"], last.step_avg_ms / 1000, validation_s)
-    return (f"warm-up: {warm_up_s} s\nspeed: {last.step_avg_ms:.1f} ms a step\n{memory}\n"
-            f"loss: {' and '.join(f'{loss:.4f} at step {step}' for step, loss in validations(log).items())}\n"
-            f"full run: {full_run}")
+    header, results = split_log(log.read_text(encoding="utf-8"))
+    lines = [*parse_step_lines(results)]
+    losses = [f"{line.val_loss:.4f} at step {line.step}" for line in lines if line.val_loss is not None]
+    short_validation_s, warm_up_s = re.search(r"of (\S+) s; the warm-up took (\S+) s$", results, re.MULTILINE).groups()
+    memory = re.search("^peak memory .*$", results, re.MULTILINE)[0]
+    step_ms = lines[-1].step_avg_ms
+    validation_s = float(short_validation_s) * full["val_tokens"] / header.configuration["val_tokens"]
+    full_run = estimate(range(full["num_iterations"]), full["val_loss_every"], step_ms / 1000, validation_s)
+    return (f"warm-up: {warm_up_s} s\nspeed: {step_ms:.1f} ms a step\n{memory}\n"
+            f"loss: {' and '.join(losses)}\nfull run: {full_run}")
 
 
 def validations(log: Path) -> dict[int, float]:

@@ -19,7 +19,8 @@ def test_an_estimate_counts_steps_and_validations(steps, every, validations):
 
 @pytest.mark.parametrize("scale, total, losses, known, curve", [
     ("", 20, (9, 5, 4, 3.0), "\nknown: mine ended at 3.5000 in 2 published runs", "█▅▁ from 5.0000 to 3.0000"),
-    ("", 30, (9, 5, 5), "", "▁▁ from 5.0000 to 5.0000"), ("/my/tiny.toml", 20, (9, 5), "", "▁ from 5.0000 to 5.0000"),
+    ("", 30, (9, 5, 5), "", "▁▁ from 5.0000 to 5.0000"),
+    ("/my/tiny.toml", 20, (9, 5), "", "▁ from 5.0000 to 5.0000"),
     ("", 30, (9, *(2000 * [5]), 4), "", f"{'█' * 76}▁ from 5.0000 to 4.0000")])
 def test_the_end_shows_the_curve_the_known_loss_and_the_next_command(
         tmp_path, monkeypatch, scale, total, losses, known, curve):
