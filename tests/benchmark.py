@@ -49,7 +49,7 @@ from helpers import run_program, write_config  # noqa: E402
 import train_gpt_medium as train  # noqa: E402
 from configs.config import load  # noqa: E402
 from data.loader import train_batches, val_sequences  # noqa: E402
-from data.shards import write_shard  # noqa: E402
+from data.shards import write_synthetic_shard  # noqa: E402
 from logs import distributed  # noqa: E402
 
 DEVICE, DTYPE = (torch.device("cuda", 0), torch.bfloat16) if ON_GPU else (torch.device("cpu"), torch.float32)
@@ -58,16 +58,6 @@ MIDDLE_WINDOW = 14  # blocks
 MIDDLE_STEP = next(step for step in range(5960) if train.window_blocks(step, 5960) == MIDDLE_WINDOW)
 TABLE_CONFIGS = ("none", "baseline", "untied_6", "add_5") if ON_GPU else ("none", "baseline")
 TINY = dict(vocab_size=96, num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=128, sequences_per_step=1)
-
-
-def make_tokens(count, vocab_size):
-    """Return (count,) Zipfian token ids in documents of log-normal lengths."""
-    rng = np.random.default_rng(0)
-    weight = 1 / (np.arange(vocab_size - 1) + 2.7)
-    tokens = rng.choice(vocab_size - 1, size=count, p=weight / weight.sum())
-    starts = np.cumsum(rng.lognormal(np.log(700) - 0.5, 1.0, size=count // 100 + 2).astype(int) + 1)
-    tokens[np.concatenate([[0], starts[starts < count]])] = vocab_size - 1
-    return tokens
 
 
 def time_once(function):
@@ -95,8 +85,9 @@ class Bench:
         self.hp = hp = replace(
             hp, seed=0, val_tokens=hp.val_seq_len, warmup_steps=1, log_dir=f"{folder}/logs",
             coordinate_descent_tuning=False, train_files=f"{folder}/train.bin", val_files=f"{folder}/val.bin")
-        write_shard(hp.train_files, make_tokens(2 * hp.sequences_per_step * hp.train_seq_len + 2, hp.vocab_size))
-        write_shard(hp.val_files, make_tokens(hp.val_tokens + 2, hp.vocab_size))
+        train_tokens = 2 * hp.sequences_per_step * hp.train_seq_len
+        for path, num_tokens in ((hp.train_files, train_tokens), (hp.val_files, hp.val_tokens)):
+            write_synthetic_shard(path, num_tokens + 2, hp.vocab_size, hp.eot_id)
         shards = train.open_shards(hp.train_files)
         self.batch = next(train_batches(shards, hp.sequences_per_step, hp.train_seq_len, 0, 1, 0, 1, DEVICE))
         self.sequence = (self.batch[0][0], self.batch[1][0], torch.tensor(MIDDLE_WINDOW, device=DEVICE).int())
