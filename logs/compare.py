@@ -206,6 +206,19 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
     return lines
 
 
+def rank_against(comparison: Comparison, path: Path, picture: Path | None) -> Ranking:
+    """Compare the order of losses with that of the runs below `path`. Raises ValueError without the baseline there."""
+    runs, skipped = read_configurations([path])
+    if comparison.baseline not in runs:
+        raise ValueError(f"--against {path}: no configuration is named {comparison.baseline} there, among "
+                         f"{', '.join(runs) or '; '.join(skipped)}; use --baseline")
+    other = Comparison(runs, comparison.baseline, None)
+    ranking = run_statistics.rank_alike(comparison.loss, other.loss)
+    if picture:
+        plot.scatter(comparison.loss, other.loss, ranking, picture)
+    return ranking
+
+
 def report(comparison: Comparison, entries: list[dict[str, Any]], ranking: Ranking | None,
            options: argparse.Namespace) -> str:
     """Write the answer and the table, sorted by time if most runs reach the target, else by loss; then the lines."""
@@ -309,16 +322,7 @@ def main(arguments: list[str]) -> int:
         if options.form == "csv":
             say(format_csv(runs))
             return 0
-        ranking = None
-        if options.against:
-            others, other_notes = read_configurations([options.against])
-            if baseline not in others:
-                raise ValueError(f"--against {options.against}: no configuration is named {baseline} there, among "
-                                 f"{', '.join(others) or '; '.join(other_notes)}; use --baseline")
-            other = Comparison(others, baseline, None)
-            ranking = run_statistics.rank_alike(comparison.loss, other.loss)
-            if options.scatter:
-                plot.scatter(comparison.loss, other.loss, ranking, options.scatter)
+        ranking = rank_against(comparison, options.against, options.scatter) if options.against else None
         entries = [summarize(comparison, name) for name in runs]
         whole = dict(target=comparison.target, baseline=baseline, configurations=entries) | (
             dict(ranking=ranking._asdict()) if ranking else {})

@@ -155,9 +155,11 @@ def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Result]], lis
                 continue
             changes = {name: list_changes(group[0], run) for name, group in groups.items()}
             same = [name for name in groups if not changes[name]]
-            free = (f"{folder}:{n}" for n in itertools.count(len(groups) + 1))
-            name = same[0] if same else next(n for n in free if n not in names) if groups else folder
-            if groups and not same:
+            if same or not groups:
+                name = same[0] if same else folder
+            else:
+                free = (f"{folder}:{n}" for n in itertools.count(len(groups) + 1))
+                name = next(n for n in free if n not in names)
                 notes.append(f"{name} ({log.name}) is split from {folder}: {'; '.join(changes[folder])}")
             groups.setdefault(name, []).append(run)
         configurations |= groups
