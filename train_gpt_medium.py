@@ -650,11 +650,15 @@ class Trainer:
     def loss(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.model(inputs, targets, self.windows[window_blocks(step, self.hp.num_iterations)])
 
-    def train_step(self, step: int, inputs: Tensor, targets: Tensor) -> None:
-        """Update the weights from sequences (n, train_seq_len). Raises ValueError if a parameter has no gradient."""
+    def train_step(self, step: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Update the weights from sequences (n, train_seq_len); return the last one's loss, a scalar on the device.
+
+        Raises ValueError if a parameter has no gradient.
+        """
         for number, sequence in enumerate(zip(inputs, targets), start=1):
             self.is_last_sequence = number == len(inputs)
-            self.loss(step, *sequence).backward(gradient=self.loss_weight)
+            loss = self.loss(step, *sequence)
+            loss.backward(gradient=self.loss_weight)
         self.is_last_sequence = False
         if missing := [name for name, p in self.parameters.items() if p.grad is None]:
             raise ValueError(f"parameter {missing[0]} got no gradient: the loss ignores it; use it in GPT.forward")
@@ -665,6 +669,7 @@ class Trainer:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
         distributed.reset_watchdog(self.timeout_s)
+        return loss.detach()
 
     def report_compiled(self, log: run_log.RunLog, started_at: float, part: Any) -> None:
         """Reset the watchdog when a part is compiled, and log it if tuning its kernels can take minutes from here."""
@@ -724,6 +729,7 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
     batches = train_batches(trainer.train_shards, hp.sequences_per_step, hp.train_seq_len, first_step,
                             hp.num_iterations, trainer.rank, trainer.world_size, device)
     log.show_progress(hp.num_iterations, first_step)
+    loss_copy = distributed.LossCopy(log, device)
     started_at = distributed.synchronize(device)  # seconds; waits for every rank's GPU
     for step in range(first_step, hp.num_iterations + 1):
         is_last = step == hp.num_iterations
@@ -736,8 +742,9 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
             started_at = distributed.synchronize(device)
         if is_last:
             break
-        trainer.train_step(step, *next(batches))
+        train_loss = trainer.train_step(step, *next(batches))
         log.train_line(step + 1, hp.num_iterations, time_ms + 1000 * (time.perf_counter() - started_at))
+        loss_copy.update(step + 1, train_loss)
         trainer.timeout_s = hp.step_timeout
         signal_number = stop.poll()
         if signal_number or (hp.checkpoint_every and (step + 1) % hp.checkpoint_every == 0):

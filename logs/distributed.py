@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from logs.run_log import RunLog, end_with_parent, plural, say
+from logs.run_log import PRINT_EVERY, RunLog, end_with_parent, plural, say
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 START_TIMEOUT_S = 1200  # watchdog limit for each part of the start, because kernels compile
@@ -132,6 +132,26 @@ class StopFlag:
         self.flag.fill_(self.signal)  # the next call reads the maximum, so no rank waits for another
         self.sent = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
         return received
+
+
+class LossCopy:
+    """Log a training loss every PRINT_EVERY steps. No step waits for the GPU: a later one logs it, once it is there."""
+
+    def __init__(self, log: RunLog, device: torch.device):
+        is_cuda = device.type == "cuda"
+        self.log, self.step, self.on_cpu = log, 0, torch.zeros((), pin_memory=is_cuda)
+        self.event = torch.cuda.Event() if is_cuda else None
+
+    def update(self, step: int, loss: torch.Tensor) -> None:
+        """Log an earlier step's loss if its copy is done; start to copy this step's if it is due."""
+        if self.step and (self.event is None or self.event.query()):
+            self.log.train_loss_line(self.step, self.on_cpu.item())
+            self.step = 0
+        if step % PRINT_EVERY == 0:
+            self.step = step
+            self.on_cpu.copy_(loss, non_blocking=True)
+            if self.event is not None:
+                self.event.record()
 
 
 def run_and_report(log: RunLog, function: Callable[..., None], *arguments: Any) -> int:

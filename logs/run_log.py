@@ -22,7 +22,7 @@ from logs.log_format import RUN_KEYS, differences, format_step_line, read_header
 
 TAIL_BYTES = 4000  # `last_line` searches this much of a log
 LOCK_WAIT_S = 10  # a rank whose launcher was killed exits within this time
-PRINT_EVERY = 25  # training steps between lines on standard output, unless it is a terminal
+PRINT_EVERY = 25  # training steps between training losses, and between lines on standard output without a terminal
 
 
 def plural(n: int, noun: str) -> str:
@@ -173,6 +173,16 @@ class RunLog:
         if self.bar:
             self.bar.update()
         elif self.path is not None and step % PRINT_EVERY == 0:
+            say(text)
+
+    def train_loss_line(self, step: int, loss: float) -> None:
+        """Write rank 0's training loss to the file and, without a bar, to standard output.
+
+        It has no "step:", so no parser of the speedrun's logs takes it for a step line.
+        """
+        text = f"training loss in step {step} (last sequence of rank 0): {loss:.4f}"
+        self.to_file(text)
+        if self.path is not None and not self.bar:
             say(text)
 
     def validation_line(self, step: int, num_iterations: int, train_time_ms: float, val_loss: float) -> None:

@@ -87,6 +87,26 @@ def test_warm_up_runs_training_and_validation_and_leaves_no_trace(small_config, 
     assert not torch.equal(after_a[0], before_a[0])
 
 
+def test_every_25th_training_loss_is_logged_a_step_late(small_config, process_group, fast_muon, tmp_path):
+    """The steps read the loss of one, as `loss` gives it before the update, and no parser of step lines sees it."""
+    trainer, losses = start_trainer(small_config(sequences_per_step=2, num_iterations=27)), []
+    trainer.model.register_forward_hook(lambda module, args, loss: loss.requires_grad and losses.append(loss.item()))
+    lines = train_to_end(trainer, tmp_path / "000.txt").splitlines()
+    place = lines.index(f"training loss in step 25 (last sequence of rank 0): {losses[49]:.4f}")
+    assert lines[place - 1].startswith("step:26/27 ") and sum("training loss" in line for line in lines) == 1
+    assert len([*log_format.parse_step_lines("\n".join(lines))]) == len([line for line in lines if "step:" in line])
+
+
+def test_a_training_loss_waits_for_its_copy(process_group, tmp_path):
+    """On a GPU, the copy can take longer than a step. No step waits for it."""
+    log, done = run_log.RunLog(tmp_path / "000.txt"), [False, False, True, True]
+    copy = distributed.LossCopy(log, torch.device("cpu"))
+    copy.event = SimpleNamespace(query=lambda: done.pop(0), record=lambda: None)
+    for step in (24, 25, 26, 27, 28, 29):
+        copy.update(step, torch.tensor(step / 10))
+    assert log.path.read_text() == "training loss in step 25 (last sequence of rank 0): 2.5000\n" and done == [True]
+
+
 @pytest.mark.slow
 def test_all_ranks_reduce_each_gradient_once_and_in_one_order_during_the_last_backward(small_config, tmp_path):
     fault = """
