@@ -26,7 +26,6 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.config import OneLineParser, error_context
-from data.shards import write_synthetic_shard
 from logs import log_format, run_log, status, summary
 from logs.log_format import ROOT
 from logs.run_log import say
@@ -122,6 +121,8 @@ def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_ch
 
 def prepare_smoke_test(e: SimpleNamespace, folder: str) -> list[str]:
     """Write synthetic shards for a few steps at an experiment's size; return the options that train on them."""
+    from data.shards import write_synthetic_shard  # imports NumPy, which takes longer than all the others
+
     full, steps = e.configuration, SMOKE_TEST_STEPS[e.device_kind]
     step_tokens = full["sequences_per_step"] * full["train_seq_len"]
     val_tokens = e.num_ranks * math.ceil(8 / e.num_ranks) * full["val_seq_len"]  # the same ranks as in a full run

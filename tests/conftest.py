@@ -1,4 +1,7 @@
-"""Make the program importable, explain the markers, and hold the fixtures of several test files."""
+"""Make the program importable, explain the markers, and hold the fixtures of several test files.
+
+Nothing imports PyTorch before a fixture needs it: with workers, one more process loads this file and runs no test.
+"""
 
 import faulthandler
 import os
@@ -7,22 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from helpers import random_tokens, write_config  # noqa: E402
-
-import train_gpt_medium as train  # noqa: E402
-from data.shards import write_shard  # noqa: E402
-from logs import distributed  # noqa: E402
 
 
 def pytest_configure(config):
-    for marker in ("slow: takes longer than two seconds; leave out with -m 'not slow'",
+    for marker in ("slow: takes longer than two seconds, or is one of many alike; leave out with -m 'not slow'",
                    "gpu: needs a CUDA GPU; skipped elsewhere",
                    "campaign: shows something by many repetitions; only with -m campaign"):
         config.addinivalue_line("markers", marker)
@@ -32,6 +25,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    import torch
     items.sort(key=lambda item: item.path.stem != "test_golden")  # they take a minute each, so none comes last
     for item in items if not torch.cuda.is_available() else []:
         if "gpu" in item.keywords:
@@ -48,6 +42,9 @@ def no_step_timeout():
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
     """Make a folder with shards of a vocabulary of 256: 3 x 20,000 training and 10,000 validation tokens."""
+    from helpers import random_tokens
+
+    from data.shards import write_shard
     folder = tmp_path_factory.mktemp("small_data")
     for number in (1, 2, 3):
         write_shard(folder / f"s_train_{number:06d}.bin", random_tokens(20_000, seed=number, vocab_size=256))
@@ -58,6 +55,8 @@ def small_data(tmp_path_factory):
 @pytest.fixture
 def small_config(small_data, tmp_path):
     """Write `small.toml`, a config of a small model for `small_data`, with keys changed; return its path."""
+
+    from helpers import write_config
 
     def make(**changes):
         keys = dict(train_files=f"{small_data}/s_train_*.bin", val_files=f"{small_data}/s_val_*.bin",
@@ -72,6 +71,9 @@ def small_config(small_data, tmp_path):
 @pytest.fixture(scope="session")
 def process_group():
     """Start a process group of this process alone."""
+    import torch.distributed as dist
+
+    from logs import distributed
     distributed.start_process_group()
     yield
     dist.destroy_process_group()
@@ -80,6 +82,11 @@ def process_group():
 @pytest.fixture(scope="session")
 def run_main(process_group):
     """Run the program's `main` in this process, as the only rank and on the CPU; return the exit status."""
+    import torch
+    import torch.distributed as dist
+
+    import train_gpt_medium as train
+    from logs import distributed
 
     def run(*arguments):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}

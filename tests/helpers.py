@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 import train_gpt_medium as train
 from configs.config import load
 

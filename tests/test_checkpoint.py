@@ -54,6 +54,7 @@ def test_weights_that_do_not_fit_or_would_execute_code_are_refused(tmp_path, con
         checkpoint.read_weights(str(path), model_on_meta(HP))
 
 
+@pytest.mark.slow
 def test_the_final_weights_have_the_published_form_and_can_start_a_run(run_main, small_config, tmp_path):
     """The log says when and where the run began and ended."""
     keys = dict(val_seq_len=128, val_tokens=256, sequences_per_step=1, num_iterations=2)
@@ -85,7 +86,7 @@ def addresses(*dicts):
     return {tensor.data_ptr() for tensors in dicts for tensor in tensors.values()}
 
 
-@pytest.mark.parametrize("trainer", ["fp32", "bf16"], indirect=True)
+@pytest.mark.parametrize("trainer", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)], indirect=True)
 def test_a_resumed_trainer_is_the_saved_one_to_the_bit(trainer, tmp_path):
     """On one rank's CPU, saving copies nothing."""
     held = checkpoint.collect_state(trainer.model, *trainer.optimizers)

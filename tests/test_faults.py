@@ -227,6 +227,7 @@ def test_two_nodes(config, undisturbed, log):
 # ---------------------------------------- Early ends ----------------------------------------
 
 
+@pytest.mark.slow
 def test_a_rank_whose_launcher_died_before_it_began_does_not_wait(run, config):
     """The launcher's store does not answer; the process group would wait for it."""
     of_run = run(config, environment=dict(TORCHELASTIC_RUN_ID="test", TORCHELASTIC_USE_AGENT_STORE="True",
@@ -258,7 +259,7 @@ EARLY_ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (number > 1))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (number != 1))
                                   for number, name in enumerate(EARLY_ENDS)])
 def test_an_early_end_takes_all_ranks_along_and_leaves_its_reason(attempt, config, log, name):
     """A run that diverges is finished, and the checkpoint before stays."""
@@ -288,6 +289,7 @@ def refused(result, *fragments):
     return result[0] == 2 and result[1].count("\n") == 1 and all(fragment in result[1] for fragment in fragments)
 
 
+@pytest.mark.slow
 def test_what_does_not_change_results_may_change_and_a_finished_run_is_refused(killed, start, log):
     options = ["--description", "other words", "--save_checkpoint", "true", "--checkpoint_every", 7]
     assert start(*options, "--step_timeout", 100) == (0, "") and is_finished(log) and resumed_at(log) == [4]

@@ -28,11 +28,12 @@ def folder(tmp_path, monkeypatch):
     for variable in GPUS:
         monkeypatch.delenv(variable, raising=False)
     folder = tmp_path / "a folder"
-    files = {path.relative_to(ROOT): path for part in ("configs", "data", "logs") for path in ROOT.glob(f"{part}/*.py")}
+    sources = [*ROOT.glob("*/*.py"), *ROOT.glob("*/__pycache__/*.pyc")]
+    files = {path.relative_to(ROOT): path for path in sources if path.parts[-2] != "tests"}
     files |= {"torch/__init__.py": os.devnull, "torch/distributed/__init__.py": os.devnull}
     for name, source in (files | {"torch/distributed/run.py": FAKE, "train_gpt_medium.py": FAKE}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
+        shutil.copy2(source, folder / name)  # its time too, so that the compiled module is used
     return folder
 
 
@@ -96,9 +97,9 @@ def test_run_0_of_all_configs_comes_before_run_1_of_any_and_the_end_is_projected
     ("diverge", "diverged at step 2: the validation loss is nan"),
     ("fail", "failed: No space left on device"),
     ("refuse", "failed: its checkpoint is damaged"),
-    ("kill", "failed: killed by SIGKILL"),
-    ("orphan", "failed: killed by SIGKILL"),  # a rank, and a process that it started lives on
-    ("remove", "failed: its log was removed"),
+    pytest.param("kill", "failed: killed by SIGKILL", marks=pytest.mark.slow),
+    pytest.param("orphan", "failed: killed by SIGKILL", marks=pytest.mark.slow),  # a rank whose own process lives on
+    pytest.param("remove", "failed: its log was removed", marks=pytest.mark.slow),
 ])
 def test_a_failed_run_does_not_stop_the_others_and_only_it_is_rerun(folder, how, why):
     """One line has its reason, without torchrun's report. The runs' output passes through."""
@@ -268,6 +269,7 @@ def test_a_second_queue_is_refused_with_the_process_of_the_first_unless_it_canno
     assert len(started(folder)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second, name", [
     ([None, "0,1"], [None, "2"], None), ([None, "0,1"], [None, "1,2"], ".gpu0,1"), ([None, "1"], [None, None], ".gpu1"),
     (["3", "0"], ["4", "0"], None), (["3,4", "3"], ["3,4", "4"], None), (["3", None], ["3", "3"], ".gpu3"),
