@@ -251,9 +251,12 @@ class Rotary(nn.Module):
 
     def __init__(self, max_seq_len: int):
         super().__init__()
+        self.max_seq_len = max_seq_len
+
+    def reset_parameters(self) -> None:
         frequency = ROPE_MIN_FREQUENCY ** torch.linspace(0, 1, HEAD_DIM // 4)
         frequency = torch.cat([frequency, torch.zeros(HEAD_DIM // 4)])
-        theta = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequency
+        theta = torch.arange(self.max_seq_len, dtype=torch.float32)[:, None] * frequency
         theta = torch.stack([theta, -theta], dim=1)[:, None]
         self.register_buffer("cos", theta[:, :, :1].cos(), persistent=False)  # (max_seq_len, 1, 1, head_dim / 2) fp32
         self.register_buffer("sin", theta.sin(), persistent=False)  # (max_seq_len, 1, 2, head_dim / 2) fp32
@@ -291,7 +294,7 @@ class BigramTable(nn.Embedding):
     reads_x0 = False
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
-        super().__init__(rows, HEAD_DIM * heads)
+        super().__init__(rows, HEAD_DIM * heads, _weight=torch.empty(rows, HEAD_DIM * heads))
         self.eot_id = hp.eot_id
 
     def reset_parameters(self) -> None:
@@ -400,7 +403,7 @@ class GPT(nn.Module):
         self.sources_by_layer = [[k for k, source in enumerate(sources) if layer in source.layers]
                                  for layer in range(NUM_LAYERS)]
         self.num_extra_lambdas = [max(0, len(used) - 1) for used in self.sources_by_layer]
-        self.embed = nn.Embedding(hp.vocab_size, hp.model_dim)  # (V, d)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(hp.vocab_size, hp.model_dim), freeze=False)  # (V, d)
         self.value_embeds = nn.ModuleList(
             SOURCES[source.source](hp, num_source_heads(source, hp.num_heads, hp.scale),
                                    source.rows or 5 * padded_vocab_size) for source in sources)
@@ -411,13 +414,13 @@ class GPT(nn.Module):
         self.attention_masks = attention_masks  # an attribute, so that compile_parts can replace it
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
         self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
-        self.scalars = nn.Parameter(torch.cat([
-            torch.ones(NUM_LAYERS),  # skip weights (L,), by the layer whose output is added
-            torch.tensor([1.0, 0.0]).repeat(NUM_LAYERS),  # block lambdas (L, 2)
-            torch.tensor([0.5, 0.5]).repeat(NUM_LAYERS),  # attention lambdas (L, 2): of v and of the first source
-            torch.full((sum(self.num_extra_lambdas),), 0.5)]))
+        self.scalars = nn.Parameter(torch.tensor(
+            NUM_LAYERS * [1.0]  # skip weights (L,), by the layer whose output is added
+            + NUM_LAYERS * [1.0, 0.0]  # block lambdas (L, 2)
+            + NUM_LAYERS * [0.5, 0.5]  # attention lambdas (L, 2): of v and of the first source
+            + sum(self.num_extra_lambdas) * [0.5]))
         for name, module in self.named_modules():  # each seeded by its name: adding a table changes no other value
-            if hasattr(module, "reset_parameters"):
+            if hasattr(module, "reset_parameters") and not self.scalars.is_meta:
                 torch.manual_seed(zlib.crc32(f"{hp.seed} {name}".encode()))
                 module.reset_parameters()
 
@@ -556,8 +559,8 @@ class Muon(torch.optim.Optimizer):
             gather.wait()
 
 
-def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int) -> tuple[torch.optim.AdamW, Muon]:
-    """Return AdamW, replicated, and Muon, sharded. Raises ValueError unless each parameter is in exactly one group."""
+def parameter_groups(model: GPT, hp: Hyperparameters) -> tuple[list[dict], list[dict]]:
+    """Return AdamW's groups and Muon's. Raises ValueError unless each parameter is in exactly one group."""
     adamw = {"lm_head_w": dict(lr=1 / 320), "embed.weight": dict(lr=0.3),
              "value_embeds.*.weight": dict(lr=hp.value_embedding_lr, betas=tuple(hp.value_embedding_betas),
                                            weight_decay=hp.value_embedding_weight_decay),
@@ -568,13 +571,19 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int)
     for name, p in model.named_parameters():
         matching = [pattern for pattern in groups if fnmatchcase(name, pattern)]
         if len(matching) != 1:
-            raise ValueError(f"parameter {name} is in {len(matching)} groups of make_optimizers; name it in one")
+            raise ValueError(f"parameter {name} is in {len(matching)} groups of parameter_groups; name it in one")
         groups[matching[0]]["params"].append(p)
     adamw_groups = [groups[name] for name in adamw]
     muon_groups = [groups[name] | dict(params=[p for p in groups[name]["params"] if p.shape == shape])
                    for name in muon for shape in dict.fromkeys(p.shape for p in groups[name]["params"])]
     for group in adamw_groups + muon_groups:
         group["initial_lr"] = group.get("lr", MUON_LR)
+    return adamw_groups, muon_groups
+
+
+def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int) -> tuple[torch.optim.AdamW, Muon]:
+    """Return AdamW, replicated, and Muon, sharded."""
+    adamw_groups, muon_groups = parameter_groups(model, hp)
     return (torch.optim.AdamW(adamw_groups, betas=ADAMW_BETAS, eps=ADAMW_EPS, weight_decay=0.0, fused=True),
             Muon(muon_groups, lr=MUON_LR, rank=rank, world_size=world_size))
 
@@ -793,12 +802,12 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
         checks.check_sizes(hp.model_dim, HEAD_DIM * hp.num_heads, hp.val_tokens, hp.val_seq_len)
         checks.check_world_size(world_size, hp.sequences_per_step, hp.num_val_sequences, hp.run_id)
         check_log_dir(Path(hp.log_dir))
-        with torch.device("meta"):  # no memory behind its parameters
-            model = GPT(replace(hp, train_seq_len=BLOCK_SIZE, val_seq_len=BLOCK_SIZE))
+        with torch.device("meta"):  # parameters without memory and values, which would import the compiler, for seconds
+            model = GPT(hp)
         if hp.init_from:
             with error_context("init_from"):
                 checkpoint.read_weights(hp.init_from, model)
-        groups = [group for optimizer in make_optimizers(model, hp, 0, 1) for group in optimizer.param_groups]
+        groups = sum(parameter_groups(model, hp), [])
     drawing = checks.draw_map(hp.value_embeddings, hp.value_embeddings_only, hp.num_heads, hp.scale)
     warning = checks.warn_of_lengths(hp.train_seq_len, hp.val_seq_len, MAX_WINDOW)
     return f"{drawing}\n{checks.count_parameters(groups)}{warning}"

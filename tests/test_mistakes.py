@@ -146,7 +146,7 @@ def test_a_parameter_without_an_optimizer_is_named(check, small_config, monkeypa
             self.extra_w = torch.nn.Parameter(torch.zeros(2, 2))
 
     monkeypatch.setattr(train, "MLP", WithParameter)
-    assert_one_line(check(small_config()), "parameter blocks.0.mlp.extra_w is in 0 groups of make_optimizers")
+    assert_one_line(check(small_config()), "parameter blocks.0.mlp.extra_w is in 0 groups of parameter_groups")
 
 
 def test_weights_of_another_map_are_refused_with_what_differs(check, small_config, tmp_path):

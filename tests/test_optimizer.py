@@ -167,8 +167,8 @@ def test_each_parameter_is_in_one_group_with_its_settings_and_the_scheduled_rate
             match(name, pattern) or (name, pattern) == ("lm_head_w", "embed.weight"))))])
 def test_a_parameter_in_no_group_or_two_is_named(monkeypatch, name, count, change):
     change(model := model_on_meta(HP), monkeypatch)
-    with pytest.raises(ValueError, match=f"parameter {name} is in {count} groups of make_optimizers; name it in one"):
-        train.make_optimizers(model, HP, 0, 1)
+    with pytest.raises(ValueError, match=f"parameter {name} is in {count} groups of parameter_groups; name it in one"):
+        train.parameter_groups(model, HP)
 
 
 # -----------------------------------------------------------------------------
