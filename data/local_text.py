@@ -2,11 +2,10 @@
 
 import argparse
 import codecs
-import hashlib
-import os
 import sys
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from data.shards import Shard, open_shard, reading, write_shard
 
 LOCAL_TEXT_FOLDER = Path(__file__).resolve().parent / "local_text"
 EOT_ID, EOT_NAME = 256, "<|endoftext|>"  # end of text, among bytes and in a tokenizer
+DOCUMENT_BYTES = 1024  # at most; as whole files, `tiny` would validate on a part of one file
 # Installed packages, and the tests that some distributions ship, are not the standard library's own text.
 EXCLUDED_FOLDERS = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo __pycache__".split())
 
@@ -37,23 +37,40 @@ def read_file(path: Path) -> Iterator[bytes]:
     with reading(path), open(path, "rb") as file:
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             file = codecs.EncodedFile(file, "utf-8", "utf-16", errors="replace")
-        yield from iter(lambda: file.read(2**18), b"")
+        yield from iter(lambda: file.read(2**16), b"")
 
 
-def read_documents(files: list[Path], skipped: list[Path]) -> Iterator[np.ndarray]:
-    """Yield files as id 256 and their bytes, in pieces, in the order of hashed names; add binary ones to `skipped`."""
-    for path in sorted(set(files), key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path)):
+def split_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield documents of up to DOCUMENT_BYTES that end with a line, else with a word."""
+    text = b""
+    for piece in pieces:
+        text += piece
+        while len(text) > DOCUMENT_BYTES:
+            ends = (text.rfind(mark, 0, DOCUMENT_BYTES) + 1 for mark in (b"\n", b" "))
+            end = next(filter(None, ends), DOCUMENT_BYTES)
+            yield text[:end]
+            text = text[end:]
+    if text:
+        yield text
+
+
+def read_documents(files: list[Path], skipped: list[Path], found: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """Yield documents as id 256 and their bytes.
+
+    Add binary files to `skipped`, and the hash and the number of tokens of each document to `found`.
+    """
+    for path in sorted(set(files)):
         if any(b"\0" in piece for piece in read_file(path)):
             skipped.append(path)
-        for number, piece in enumerate(() if path in skipped else read_file(path)):
-            yield np.append(np.uint16([] if number else [EOT_ID]), np.frombuffer(piece, np.uint8))
+        for document in () if path in skipped else split_text(read_file(path)):
+            found.append((zlib.crc32(document), 1 + len(document)))
+            yield np.append(np.uint16(EOT_ID), np.frombuffer(document, np.uint8))
 
 
-def read_range(text: Shard, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Yield tokens of documents in pieces. A document cut in two becomes two documents."""
-    if text.read(start, 1) != EOT_ID:
-        yield np.array([EOT_ID])
-    yield from (text.read(position, min(2**18, stop - position)) for position in range(start, stop, 2**18))
+def read_spans(text: Shard, spans: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the documents at `spans`, (n, 2): first token and number of tokens. Each piece holds up to 256."""
+    for i in range(0, len(spans), 256):
+        yield np.concatenate([text.read(*span) for span in spans[i : i + 256].tolist()])
 
 
 def to_texts(pieces: Iterable[np.ndarray]) -> Iterator[list[str]]:
@@ -90,31 +107,34 @@ def encode(pieces: Iterator[np.ndarray], tokenizer: Any, eot_id: int, counts: np
 
 def make_shards(paths: list[Path], output: Path, vocab_size: int | None = None, file: Path | None = None) -> str:
     """Replace a folder's shards by those of texts, in bytes or a tokenizer's ids. Raises ValueError or OSError."""
-    library, skipped, tokenizer, eot_id, num_ids = Path(sysconfig.get_path("stdlib")), [], None, EOT_ID, EOT_ID + 1
+    library, skipped, found = Path(sysconfig.get_path("stdlib")), [], []
+    tokenizer, eot_id, num_ids = None, EOT_ID, EOT_ID + 1
     files = [f for path in paths for f in find_files(path)] if paths else find_files(library, ".py", EXCLUDED_FOLDERS)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        write_shard(f"{folder}/text", read_documents(files, skipped))
-        text = open_shard(Path(folder, "text"), num_ids)
-        if (length := text.num_tokens) < 1000:
+        write_shard(f"{folder}/text", read_documents(files, skipped, found))
+        if len(found) < 10:
             raise ValueError(f"the {len(files)} files hold too little text for training and validation; name more")
-        cut = int(length * 0.9)
+        text, (hashes, lengths) = open_shard(Path(folder, "text"), num_ids), np.array(found).T
+        order = np.argsort(hashes, kind="stable")  # shuffled; equal documents are neighbors, so on one side of the cut
+        spans = np.stack([lengths.cumsum() - lengths, lengths], axis=1)[order]
+        cut = int(np.searchsorted(lengths[order].cumsum(), 0.9 * text.num_tokens))
         if vocab_size or file:
-            tokenizer = make_tokenizer(file, vocab_size, read_range(text, 0, cut))
+            tokenizer = make_tokenizer(file, vocab_size, read_spans(text, spans[:cut]))
             tokenizer.save(f"{folder}/local_tokenizer.json")
             eot_id, num_ids = tokenizer.token_to_id(EOT_NAME), max(tokenizer.get_vocab().values()) + 1
             if num_ids > 2**16:
                 raise ValueError(f"the tokenizer has {num_ids:,} ids, a shard's limit is {2**16:,}; use a smaller one")
         train, val = np.zeros((2, num_ids), int)
-        for name, counts, part in (("train", train, (0, cut)), ("val", val, (cut, length))):
-            write_shard(f"{folder}/local_{name}_000000.bin", encode(read_range(text, *part), tokenizer, eot_id, counts))
+        for name, counts, part in (("train", train, spans[:cut]), ("val", val, spans[cut:])):
+            write_shard(f"{folder}/local_{name}_000000.bin", encode(read_spans(text, part), tokenizer, eot_id, counts))
         new = {path.replace(output / path.name) for path in Path(folder).glob("local_*")}
     for old in set(output.glob("local_*.bin")) - new:
         old.unlink()
-    loss, rate = -val @ np.log((train + 1) / (train + 1).sum()) / val.sum(), (length - cut) / val.sum()
+    loss, rate = -val @ np.log((train + 1) / (train + 1).sum()) / val.sum(), spans[cut:, 1].sum() / val.sum()
     example = f", as {skipped[0]}" if skipped else ""
     eot_key = f", end_of_text = {eot_id}" if eot_id < num_ids - 1 else ""
-    return (f"{output}: {train[eot_id] + val[eot_id]:,} documents from {', '.join(map(str, paths)) or library}; "
+    return (f"{output}: {len(found):,} documents from {len(files)} files in {', '.join(map(str, paths)) or library}; "
             f"skipped {len(skipped)} binary files{example}\n{train.sum():,} training and {val.sum():,} validation "
             f"tokens of {rate:.3f} bytes\na model that knows only {'token' if tokenizer else 'byte'} frequencies has "
             f"validation loss {loss:.4f}, {loss / rate:.4f} a byte\nset vocab_size = {num_ids}{eot_key}")
