@@ -840,7 +840,7 @@ def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
     except ValueError as error:
         refusal = str(error)
     try:
-        check_data(hp, config, device_type)
+        drawing += checks.warn_of_documents(check_data(hp, config, device_type)["val_documents"])
     except ValueError as error:
         fetch = getattr(error, "command", [])
         data_fault = "" if fetch else str(error)
@@ -867,6 +867,9 @@ def main(arguments: list[str]) -> int:
     on_all_ranks(distributed.check_mask_memory, config, device.type, max(hp.train_seq_len, hp.val_seq_len))
     identity = on_all_ranks(check_data, hp, config, device.type)
     on_all_ranks(distributed.check_equal_on_ranks, identity)
+    warning = checks.warn_of_documents(identity["val_documents"])
+    if warning and dist.get_rank() == 0:
+        run_log.say(warning.strip())
     if options.check:
         return 0
     # Rank 0 locks the log, which settles run_id, seed and checkpoint; then all ranks learn them.
@@ -875,7 +878,7 @@ def main(arguments: list[str]) -> int:
     identity, resume_from = distributed.gather((identity, state and run_log.checkpoint_path(log.path)))[0]
     hp = replace(hp, run_id=identity["run_id"], seed=identity["seed"])
     state = on_all_ranks(checkpoint.load, resume_from) if resume_from else None
-    return distributed.run_and_report(log, run_training, hp, device, identity, drawing, log, state)
+    return distributed.run_and_report(log, run_training, hp, device, identity, drawing + warning, log, state)
 
 
 if __name__ == "__main__":

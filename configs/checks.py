@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from configs.config import error_context
 from data.cached_fineweb10B import num_shards_needed
 from data.loader import check_stream
-from data.shards import fingerprint
+from data.shards import count_documents, fingerprint
 from logs.run_log import plural
 
 NUM_LAYERS = 16
 NO_ATTENTION_LAYER = 7  # it has no values to which a value embedding could be added
 PUBLISHED_HEADS = 8
+MIN_VAL_DOCUMENTS = 32
 
 
 class Source(NamedTuple):
@@ -167,6 +168,14 @@ def warn_of_lengths(train_seq_len: int, val_seq_len: int, max_window: int) -> st
             f"extrapolation; set val_seq_len to {train_seq_len}")
 
 
+def warn_of_documents(num_val_documents: int) -> str:
+    """Return a line if a validation reads few documents, else ""."""
+    if num_val_documents >= MIN_VAL_DOCUMENTS:
+        return ""
+    return (f"\nwarning: validation reads only {plural(num_val_documents, 'document')}: the loss would say little "
+            "about other text; raise val_tokens, or shuffle shorter documents into val_files")
+
+
 def valid_world_sizes(sequences_per_step: int, num_val_sequences: int) -> list[int]:
     """Return every number of ranks that divides the sequences of a step and of a validation."""
     shares = math.gcd(sequences_per_step, num_val_sequences)
@@ -185,8 +194,9 @@ def check_world_size(world_size: int, sequences_per_step: int, num_val_sequences
 
 
 def check_streams(config: Path, vocab_size: int, end_of_text: int, train_files: str, step_tokens: int,
-                  num_iterations: int, val_files: str, val_seq_len: int, num_val_sequences: int) -> dict[str, list]:
-    """Check the training and validation shards; return their fingerprints as `train_data` and `val_data`.
+                  num_iterations: int, val_files: str, val_seq_len: int, num_val_sequences: int) -> dict[str, Any]:
+    """Check the training and validation shards; return their fingerprints as `train_data` and `val_data`, and
+    `val_documents`, the number of documents that start in a validation's tokens.
 
     Raises MissingShardsError, with the command that fetches the data if there is one, or ValueError.
     """
@@ -200,6 +210,7 @@ def check_streams(config: Path, vocab_size: int, end_of_text: int, train_files: 
         with error_context(f"{config}: {name}_files"):
             shards = check_stream(files, vocab_size, end_of_text, batch_tokens, count, purpose, fineweb_shards)
             fingerprints[f"{name}_data"] = fingerprint(shards, batch_tokens, count)
+    val_documents = count_documents(shards, val_seq_len, num_val_sequences, end_of_text)
     if shared := [shard[0] for shard in fingerprints["val_data"] if shard in fingerprints["train_data"]]:
         raise ValueError(f"{config}: val_files: {shared[0]} is training data too; validate on other shards")
-    return fingerprints
+    return fingerprints | {"val_documents": val_documents}

@@ -127,6 +127,12 @@ def locate_batches(shards: list[Shard], batch_tokens: int, start: int, stop: int
     return itertools.islice(batches, start, stop)
 
 
+def count_documents(shards: list[Shard], batch_tokens: int, count: int, end_of_text: int) -> int:
+    """Count the documents that start in the first `count` batches. Raises ValueError as `read` does."""
+    batches = locate_batches(shards, batch_tokens, 0, count)
+    return sum(int((shard.read(position, batch_tokens) == end_of_text).sum()) for shard, position in batches)
+
+
 def fingerprint(shards: list[Shard], batch_tokens: int, count: int) -> list[list[str | int]]:
     """Return [name, number of tokens, hash] of each shard that the first `count` batches read, as JSON values.
 

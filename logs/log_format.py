@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # With the keys, these files decide the numbers.
 CODE_FILES = ("train_gpt_medium.py", "configs/checks.py", "data/loader.py", "data/shards.py")
 # Keys that change no number:
-BOOKKEEPING_KEYS = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout", "target_loss"}
+BOOKKEEPING_KEYS = {"description", "log_dir", "save_checkpoint", "checkpoint_every", "step_timeout", "target_loss",
+                    "val_documents"}
 RUN_KEYS = BOOKKEEPING_KEYS | {"seed", "run_id"}  # may differ between the runs of one configuration
 RULE = "=" * 100
 RULE_LINE = re.compile(f"^{RULE}$", re.MULTILINE)

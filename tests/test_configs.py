@@ -6,12 +6,14 @@ test_mistakes.py has the mistakes.
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
 import train_gpt_medium as train
 from configs.checks import check_sources, valid_world_sizes
 from configs.config import load, parse_command_line
+from data.shards import write_shard
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 BIGRAM = {"layers": [0, 1, 2, 13, 14, 15], "source": "bigram"}
@@ -95,6 +97,16 @@ def test_the_scales_are_what_the_readme_says():
 def test_a_validation_over_longer_distances_than_training_is_a_warning(keys, warns):
     drawing = train.check_run(read("baseline", **keys), Path("baseline.toml"), 1)
     assert ("warning: validation attends over" in drawing) == warns
+
+
+@pytest.mark.parametrize("keys, documents, warns", [({}, 40, False), ({"val_tokens": 1280}, 5, True)])
+def test_a_validation_of_few_documents_is_a_warning(small_config, tmp_path, keys, documents, warns):
+    """For the queue and in the header, too."""
+    write_shard(tmp_path / "val.bin", np.arange(20_000) % 256)
+    config = small_config(**{"val_files": f"{tmp_path}/val.bin", "val_tokens": 40 * 256} | keys)
+    assert train.check_data(load(train.Hyperparameters, config, {}), config, "cpu")["val_documents"] == documents
+    drawing = train.check_for_queue(config, {})["drawing"]
+    assert (f"warning: validation reads only {documents} documents: the loss would say little" in drawing) == warns
 
 
 @pytest.mark.parametrize("name, tables, scalars, gates", [

@@ -12,6 +12,7 @@ from golden import golden_weights
 from helpers import TRAIN_LINE, VAL_LINE, relative_error, start_trainer, val_losses, weights_and_states
 
 import train_gpt_medium as train
+from configs import checks
 from data.loader import train_batches
 from logs import checkpoint, distributed, log_format, run_log
 
@@ -217,6 +218,7 @@ def test_the_log_of_a_run_from_its_first_line_to_its_last(run_main, small_config
     assert f"Running PyTorch {torch.__version__}" in environment and "device: 1 rank, CPU" in environment
     assert train.check_run(train.Hyperparameters(**configuration), config, 1) in environment
     assert [name for name, *_ in header["train_data"]] == ["s_train_000001.bin"] and header["device"] == "cpu"
+    assert checks.warn_of_documents(header["val_documents"]) in environment
     assert [(int(match[1]), int(match[2])) for match in VAL_LINE.finditer(lines)] == [(0, 4), (3, 4), (4, 4)]
     assert [(int(match[1]), int(match[2])) for match in TRAIN_LINE.finditer(lines)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     *_, peak, curve, command, ended = lines.splitlines()
