@@ -397,6 +397,7 @@ class GPT(nn.Module):
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
+        torch.manual_seed(hp.seed or 0)  # for random values that a new module makes outside reset_parameters
         self.eot_id = hp.eot_id
         sources = [read_entry(entry) for entry in hp.value_embeddings]
         padded_vocab_size = -(-hp.vocab_size // 128) * 128
@@ -668,6 +669,7 @@ class Trainer:
             self.is_last_sequence = number == len(inputs)
             loss = self.loss(step, *sequence)
             loss.backward(gradient=self.loss_weight)
+            loss = loss.detach()  # the graph ends with its backward
         self.is_last_sequence = False
         if missing := [name for name, p in self.parameters.items() if p.grad is None]:
             raise ValueError(f"parameter {missing[0]} got no gradient: the loss ignores it; use it in GPT.forward")
@@ -678,7 +680,7 @@ class Trainer:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
         distributed.reset_watchdog(self.timeout_s)
-        return loss.detach()
+        return loss
 
     def report_compiled(self, log: run_log.RunLog, started_at: float, part: Any) -> None:
         """Reset the watchdog when a part is compiled, and log it if tuning its kernels can take minutes from here."""
@@ -744,6 +746,7 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
         is_last = step == hp.num_iterations
         if is_last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             time_ms += 1000 * (distributed.synchronize(device) - started_at)
+            loss_copy.log_if_done()
             val_loss = trainer.validate(step)
             log.validation_line(step, hp.num_iterations, time_ms, val_loss)
             if not math.isfinite(val_loss):
@@ -758,6 +761,7 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
         signal_number = stop.poll()
         if signal_number or (hp.checkpoint_every and (step + 1) % hp.checkpoint_every == 0):
             time_ms += 1000 * (distributed.synchronize(device) - started_at)
+            loss_copy.log_if_done()
             if hp.checkpoint_every:
                 checkpoint.save(log, identity, trainer.model, trainer.optimizers, step + 1, time_ms)
             if signal_number:
@@ -802,7 +806,7 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
         checks.check_sizes(hp.model_dim, HEAD_DIM * hp.num_heads, hp.val_tokens, hp.val_seq_len)
         checks.check_world_size(world_size, hp.sequences_per_step, hp.num_val_sequences, hp.run_id)
         check_log_dir(Path(hp.log_dir))
-        with torch.device("meta"):  # parameters without memory and values, which would import the compiler, for seconds
+        with torch.device("meta"):  # no memory, and no values: making them there would import the compiler, for seconds
             model = GPT(hp)
         if hp.init_from:
             with error_context("init_from"):

@@ -6,7 +6,7 @@ import sys
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from data.shards import Shard, open_shard, reading, write_shard
 
 LOCAL_TEXT_FOLDER = Path(__file__).resolve().parent / "local_text"
 EOT_ID, EOT_NAME = 256, "<|endoftext|>"  # end of text, among bytes and in a tokenizer
-DOCUMENT_BYTES = 1024  # at most; as whole files, `tiny` would validate on a part of one file
+DOCUMENT_BYTES = 1024  # at most; with whole files as documents, `tiny` would validate on a part of one file
 # Installed packages, and the tests that some distributions ship, are not the standard library's own text.
 EXCLUDED_FOLDERS = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo __pycache__".split())
 
@@ -41,25 +41,26 @@ def read_file(path: Path) -> Iterator[bytes]:
 
 
 def split_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield documents of up to DOCUMENT_BYTES that end with a line, else with a word."""
+    """Yield documents of up to DOCUMENT_BYTES that end with a line, else with a word, else with a UTF-8 character."""
     text = b""
     for piece in pieces:
         text += piece
         while len(text) > DOCUMENT_BYTES:
             ends = (text.rfind(mark, 0, DOCUMENT_BYTES) + 1 for mark in (b"\n", b" "))
-            end = next(filter(None, ends), DOCUMENT_BYTES)
+            characters = (end for end in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1) if text[end] & 0xC0 != 0x80)
+            end = next(filter(None, ends), next(characters, DOCUMENT_BYTES))
             yield text[:end]
             text = text[end:]
     if text:
         yield text
 
 
-def read_documents(files: list[Path], skipped: list[Path], found: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+def read_documents(files: Collection[Path], skipped: list[Path], found: list[tuple[int, int]]) -> Iterator[np.ndarray]:
     """Yield documents as id 256 and their bytes.
 
     Add binary files to `skipped`, and the hash and the number of tokens of each document to `found`.
     """
-    for path in sorted(set(files)):
+    for path in sorted(files):
         if any(b"\0" in piece for piece in read_file(path)):
             skipped.append(path)
         for document in () if path in skipped else split_text(read_file(path)):
@@ -107,18 +108,20 @@ def encode(pieces: Iterator[np.ndarray], tokenizer: Any, eot_id: int, counts: np
 
 def make_shards(paths: list[Path], output: Path, vocab_size: int | None = None, file: Path | None = None) -> str:
     """Replace a folder's shards by those of texts, in bytes or a tokenizer's ids. Raises ValueError or OSError."""
-    library, skipped, found = Path(sysconfig.get_path("stdlib")), [], []
-    tokenizer, eot_id, num_ids = None, EOT_ID, EOT_ID + 1
-    files = [f for path in paths for f in find_files(path)] if paths else find_files(library, ".py", EXCLUDED_FOLDERS)
+    skipped, found, tokenizer, eot_id, num_ids = [], [], None, EOT_ID, EOT_ID + 1
+    library = Path(sysconfig.get_path("stdlib"))
+    files = {f for path in paths for f in find_files(path)} if paths else find_files(library, ".py", EXCLUDED_FOLDERS)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         write_shard(f"{folder}/text", read_documents(files, skipped, found))
-        if len(found) < 10:
+        hashes, lengths = np.array(found, int).reshape(-1, 2).T
+        order = np.argsort(hashes, kind="stable")  # shuffled
+        cut = int(np.searchsorted(lengths[order].cumsum(), 0.9 * lengths.sum()))
+        cut = int(np.searchsorted(hashes[order], hashes[order][cut])) if found else 0  # equal documents stay together
+        if cut == 0 or lengths.sum() < 10 * DOCUMENT_BYTES:
             raise ValueError(f"the {len(files)} files hold too little text for training and validation; name more")
-        text, (hashes, lengths) = open_shard(Path(folder, "text"), num_ids), np.array(found).T
-        order = np.argsort(hashes, kind="stable")  # shuffled; equal documents are neighbors, so on one side of the cut
+        text = open_shard(Path(folder, "text"), num_ids)
         spans = np.stack([lengths.cumsum() - lengths, lengths], axis=1)[order]
-        cut = int(np.searchsorted(lengths[order].cumsum(), 0.9 * text.num_tokens))
         if vocab_size or file:
             tokenizer = make_tokenizer(file, vocab_size, read_spans(text, spans[:cut]))
             tokenizer.save(f"{folder}/local_tokenizer.json")
@@ -134,10 +137,11 @@ def make_shards(paths: list[Path], output: Path, vocab_size: int | None = None, 
     loss, rate = -val @ np.log((train + 1) / (train + 1).sum()) / val.sum(), spans[cut:, 1].sum() / val.sum()
     example = f", as {skipped[0]}" if skipped else ""
     eot_key = f", end_of_text = {eot_id}" if eot_id < num_ids - 1 else ""
-    return (f"{output}: {len(found):,} documents from {len(files)} files in {', '.join(map(str, paths)) or library}; "
-            f"skipped {len(skipped)} binary files{example}\n{train.sum():,} training and {val.sum():,} validation "
-            f"tokens of {rate:.3f} bytes\na model that knows only {'token' if tokenizer else 'byte'} frequencies has "
-            f"validation loss {loss:.4f}, {loss / rate:.4f} a byte\nset vocab_size = {num_ids}{eot_key}")
+    return (f"{output}: {len(found):,} documents from {len(files) - len(skipped)} files in "
+            f"{', '.join(map(str, paths)) or library}; skipped {len(skipped)} binary files{example}\n"
+            f"{train.sum():,} training and {val.sum():,} validation tokens of {rate:.3f} bytes\n"
+            f"a model that knows only {'token' if tokenizer else 'byte'} frequencies has validation loss {loss:.4f}, "
+            f"{loss / rate:.4f} a byte\nset vocab_size = {num_ids}{eot_key}")
 
 
 def main(arguments: list[str]) -> None:

@@ -142,11 +142,15 @@ class LossCopy:
         self.log, self.step, self.on_cpu = log, 0, torch.zeros((), pin_memory=is_cuda)
         self.event = torch.cuda.Event() if is_cuda else None
 
-    def update(self, step: int, loss: torch.Tensor) -> None:
-        """Log an earlier step's loss if its copy is done; start to copy this step's if it is due."""
+    def log_if_done(self) -> None:
+        """Log an earlier step's loss if its copy is done, as it is after `synchronize`."""
         if self.step and (self.event is None or self.event.query()):
             self.log.train_loss_line(self.step, self.on_cpu.item())
             self.step = 0
+
+    def update(self, step: int, loss: torch.Tensor) -> None:
+        """Log an earlier step's loss if its copy is done; start to copy this step's if it is due."""
+        self.log_if_done()
         if step % PRINT_EVERY == 0:
             self.step = step
             self.on_cpu.copy_(loss, non_blocking=True)

@@ -36,14 +36,17 @@ def describe_smoke_test(log: Path, full: dict[str, Any]) -> str:
             f"loss: {' and '.join(losses)}\nfull run: {full_run}")
 
 
-def validations(log: Path) -> dict[int, float]:
-    """Return the losses of a log's validations by step, none if it cannot be read; a resumed run's last ones count."""
+def validations(log: Path) -> tuple[dict[int, float], Any]:
+    """Return the losses of a log's validations by step, and their data: None if the log does not say.
+
+    A resumed run's last losses count. A log that cannot be read has none.
+    """
     try:
-        _, results = split_log(log.read_text(encoding="utf-8", errors="replace"))
+        header, results = split_log(log.read_text(encoding="utf-8", errors="replace"))
     except OSError:  # as when a user has removed the log; the run ends all the same
-        return {}
-    lines = parse_step_lines(results)
-    return {line.step: line.val_loss for line in lines if line.val_loss is not None}
+        return {}, None
+    losses = {line.step: line.val_loss for line in parse_step_lines(results) if line.val_loss is not None}
+    return losses, header.configuration.get("val_data")
 
 
 def sparkline(losses: list[float]) -> str:
@@ -55,9 +58,10 @@ def sparkline(losses: list[float]) -> str:
 
 def describe_end(log: Path, scale: str, num_iterations: int) -> str:
     """Return the log's last lines: the curve, the published runs' loss of this config and scale, the next command."""
-    losses, published = validations(log), ROOT / "logs/published" / Path(scale).stem
-    known = [found[num_iterations] for found in map(validations, sorted((published / log.parent.name).glob("*.txt")))
-             if found and max(found) == num_iterations]
+    (losses, data), published = validations(log), ROOT / "logs/published" / Path(scale).stem
+    known = [found[num_iterations]
+             for found, other in map(validations, sorted((published / log.parent.name).glob("*.txt")))
+             if found and max(found) == num_iterations and other in (None, data)]
     curve, lines = [loss for step, loss in losses.items() if step], []  # the loss at step 0 would flatten the others
     if curve:
         lines.append(f"validations after step 0: {sparkline(curve)} from {curve[0]:.4f} to {curve[-1]:.4f}")

@@ -1,6 +1,6 @@
 """Make the program importable, explain the markers, and hold the fixtures of several test files.
 
-Nothing imports PyTorch before a fixture needs it: with workers, one more process loads this file and runs no test.
+The process that only hands out tests to the workers loads this file too, and it imports no PyTorch.
 """
 
 import faulthandler

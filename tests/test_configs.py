@@ -70,7 +70,7 @@ def test_no_config_of_the_repository_is_left_out():
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_config_is_the_baseline_but_for_what_the_readme_says_and_passes_the_checks_at_every_scale(name):
+def test_a_config_is_the_baseline_but_for_what_the_readme_says_and_its_map_fits_every_scale(name):
     hp = read(name)
     assert hp == train.Hyperparameters(description=hp.description, **KEYS[name]) and hp.description
     train.check_run(hp, Path(f"{name}.toml"), world_size=1)
@@ -88,6 +88,7 @@ def test_the_scales_are_what_the_readme_says():
     assert (tiny.model_dim, tiny.num_iterations, tiny.vocab_size) == (128, 160, 257)
     assert tiny.train_files == "data/local_text/local_train_*.bin"
     for hp in (small, tiny, train.Hyperparameters()):
+        train.check_run(hp, Path("baseline.toml"), world_size=8)
         assert 8 in valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
 
 

@@ -95,7 +95,8 @@ def test_a_training_loss_is_logged_a_step_late(small_config, process_group, fast
     trainer.model.register_forward_hook(lambda module, args, loss: loss.requires_grad and losses.append(loss.item()))
     lines = train_to_end(trainer, tmp_path / "000.txt").splitlines()
     line = f"training loss in step 2 (last sequence of rank 0): {losses[3]:.4f}"
-    assert lines[2].startswith("step:3/4 ") and lines[3] == line and len(lines) == 6
+    assert lines[2].startswith("step:3/4 ") and lines[3] == line and len(lines) == 7
+    assert lines[5].startswith("training loss in step 4 (") and lines[6].startswith("step:4/4 val_loss:")
     assert len([*log_format.parse_step_lines("\n".join(lines))]) == 5
 
 
