@@ -259,8 +259,8 @@ EARLY_ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (number != 1))
-                                  for number, name in enumerate(EARLY_ENDS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EARLY_ENDS)
 def test_an_early_end_takes_all_ranks_along_and_leaves_its_reason(attempt, config, log, name):
     """A run that diverges is finished, and the checkpoint before stays."""
     fault, statuses, end, step, errors = EARLY_ENDS[name]

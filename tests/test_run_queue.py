@@ -285,6 +285,7 @@ def test_queues_run_side_by_side_on_different_gpus(folder, first, second, name):
     assert result.err == "" if name is None else f"a queue on {os.uname().nodename}{name}, since" in result.err
 
 
+@pytest.mark.slow
 def test_the_next_queue_waits_until_the_run_of_a_killed_one_has_stopped(folder):
     (folder / "keep").touch()
     process = start_waiting(folder)

@@ -41,10 +41,14 @@ def test_importing_prints_writes_and_starts_nothing(tmp_path):
 
 
 def test_what_starts_often_imports_little():
-    """The queue no NumPy; fetching, making data and comparing no PyTorch; status no package; a check no compiler."""
+    """The queue no NumPy; fetching, making data and comparing no PyTorch; status no package."""
     modules = "data.cached_fineweb10B, data.local_text, logs.compare, logs.run_log"
     assert_silent("-c", f"import {modules}, sys; assert not {{'torch', 'huggingface_hub'}} & set(sys.modules)")
     assert_silent("-c", "import configs.run_queue, sys; assert not {'torch', 'numpy'} & set(sys.modules)")
     assert_silent("-S", "-c", "import logs.status")
+
+
+@pytest.mark.slow
+def test_a_check_does_not_import_the_compiler():
     assert_silent("-c", "import sys, train_gpt_medium as train; hp = train.Hyperparameters(); "
                   "train.check_run(hp, '', 1); assert not {'torch._dynamo', 'sympy'} & set(sys.modules)")
