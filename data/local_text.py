@@ -46,9 +46,9 @@ def split_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
     for piece in pieces:
         text += piece
         while len(text) > DOCUMENT_BYTES:
-            ends = (text.rfind(mark, 0, DOCUMENT_BYTES) + 1 for mark in (b"\n", b" "))
+            line, word = (text.rfind(mark, 0, DOCUMENT_BYTES) + 1 for mark in (b"\n", b" "))
             characters = (end for end in range(DOCUMENT_BYTES, DOCUMENT_BYTES - 4, -1) if text[end] & 0xC0 != 0x80)
-            end = next(filter(None, ends), next(characters, DOCUMENT_BYTES))
+            end = line or word or next(characters, DOCUMENT_BYTES)
             yield text[:end]
             text = text[end:]
     if text:
