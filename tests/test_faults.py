@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from random import Random
+from unittest import mock
 
 import pytest
 import torch
 from faults import Ranks, RunsCode, get_free_port
 from helpers import ROOT, TRAIN_LINE, VAL_LINE
 
+import train_gpt_medium as train
 from logs import run_log, status
 from logs.run_log import checkpoint_path, is_finished, last_line
 
@@ -279,10 +281,29 @@ def start(config, run_main, capfd):
     return lambda *options: (run_main(config, *RUN, *options), capfd.readouterr().err)
 
 
+@pytest.fixture(scope="session")
+def logs_amid_last_step(run_main, tmp_path_factory):
+    """Return the folder of the log and checkpoint that a run has in its last step, and that a kill would leave."""
+    folder, train_step = tmp_path_factory.mktemp("killed"), train.Trainer.train_step
+
+    def copy_logs(trainer, step, *batch):
+        if step == 5:
+            shutil.copytree(folder / "logs", folder / "copy")
+        return train_step(trainer, step, *batch)
+
+    def logs_amid_last_step(config):
+        if not (folder / "copy").exists():
+            with mock.patch.object(train.Trainer, "train_step", copy_logs):
+                assert run_main(config, *RUN, "--log_dir", folder / "logs") == 0
+        return folder / "copy"
+
+    return logs_amid_last_step
+
+
 @pytest.fixture
-def killed(config, logs_of, tmp_path):
-    """Copy the log and checkpoint of a run that was killed in its last step."""
-    shutil.copytree(logs_of(config, *RUN, fault="at_step(5, send(signal.SIGKILL))"), tmp_path / "logs")
+def killed(config, logs_amid_last_step, tmp_path):
+    """Put the log and checkpoint of a run killed in its last step into their place."""
+    shutil.copytree(logs_amid_last_step(config), tmp_path / "logs")
 
 
 def refused(result, *fragments):
@@ -307,6 +328,7 @@ def test_a_log_that_has_lost_lines_since_its_checkpoint_is_refused(killed, start
     assert refused(start(), f"{log}: missing or shorter than at its checkpoint; put the log back, move the")
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_runs_is_refused(run, start, config, log, monkeypatch):
     monkeypatch.setattr(run_log, "LOCK_WAIT_S", 1)
     run(config, *RUN, wait=False, fault="at_step(0, hang)")
@@ -344,6 +366,7 @@ def test_a_checkpoint_that_is_damaged_or_holds_code_is_refused(killed, start, lo
     assert log.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, options, fault, fragment", [
     (3, [], "", "sequences_per_step: 2 sequences cannot be divided among 3 ranks"),
     (2, ["--train_files", "nowhere/*.bin"], "rank() == 0 and time.sleep(1)", "no file matches nowhere/*.bin"),

@@ -22,6 +22,11 @@ GPUS = "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"
 MAKE_SHARD = ["-c", "open('shard', 'x')"]
 
 
+def alike(*values):
+    """One of many alike, for the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A checkout with a space in its name. Its `torch` holds only a launcher, so the queue cannot import PyTorch."""
@@ -96,10 +101,10 @@ def test_run_0_of_all_configs_comes_before_run_1_of_any_and_the_end_is_projected
     ("finish", ""),
     ("diverge", "diverged at step 2: the validation loss is nan"),
     ("fail", "failed: No space left on device"),
-    ("refuse", "failed: its checkpoint is damaged"),
-    pytest.param("kill", "failed: killed by SIGKILL", marks=pytest.mark.slow),
-    pytest.param("orphan", "failed: killed by SIGKILL", marks=pytest.mark.slow),  # a rank whose own process lives on
-    pytest.param("remove", "failed: its log was removed", marks=pytest.mark.slow),
+    alike("refuse", "failed: its checkpoint is damaged"),
+    alike("kill", "failed: killed by SIGKILL"),
+    alike("orphan", "failed: killed by SIGKILL"),  # a rank whose own process lives on
+    alike("remove", "failed: its log was removed"),
 ])
 def test_a_failed_run_does_not_stop_the_others_and_only_it_is_rerun(folder, how, why):
     """One line has its reason, without torchrun's report. The runs' output passes through."""
@@ -117,7 +122,8 @@ def test_a_failed_run_does_not_stop_the_others_and_only_it_is_rerun(folder, how,
 
 
 @pytest.mark.parametrize("file, text, is_refused", [
-    ("one.toml", '{"num_iterations": 3}', True), ("one.toml", None, True), ("data/shards.py", "X = 1", True),
+    ("one.toml", '{"num_iterations": 3}', True), alike("one.toml", None, True),
+    alike("data/shards.py", "X = 1", True),
     ("train_gpt_medium.py", f"# a comment\n{FAKE.read_text()}", False),
 ])
 def test_a_run_whose_config_or_code_was_edited_after_the_queue_started_is_not_started(folder, file, text, is_refused):
@@ -189,17 +195,18 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, fragment", [
-    (["-n", "0"], "-n takes the number of runs, 1 to 999"), (["-n", "1000"], "-n takes the number of runs, 1 to 999"),
-    (["-n", "x"], "argument -n: invalid int value: 'x'"), (["-n"], "argument -n: expected one argument"),
+    (["-n", "0"], "-n takes the number of runs, 1 to 999"),
+    alike(["-n", "1000"], "-n takes the number of runs, 1 to 999"),
+    alike(["-n", "x"], "argument -n: invalid int value: 'x'"), alike(["-n"], "argument -n: expected one argument"),
     (["-n", "2", "--run_id", "3"], "argument --run_id: not allowed with argument -n"),
     (["--run_id", "-1"], "--run_id the number of a run, 0 to 999"),
     (["one.toml"], "one.toml: another config logs to logs/one too; rename one, or name it once"),
-    (["-n", "2", "--seed", "5"], "one.toml: seed: all 2 runs would be equal"),
+    alike(["-n", "2", "--seed", "5"], "one.toml: seed: all 2 runs would be equal"),
     (["-n", "2", "seeded.toml"], "seeded.toml: seed: all 2 runs would be equal"),
     (["numbered.toml"], "numbered.toml: run_id: the queue numbers the runs"),
     (["--notify", "no-such-command x"], "no-such-command: no such option or command; quote COMMAND"),
-    (["--notify", "sh", "-s", "done"], "-s: no such option or command; quote COMMAND"),
-    (["--notify", "'"], "--notify: No closing quotation"), (["--json"], "--json: no such option or command"),
+    alike(["--notify", "sh", "-s", "done"], "-s: no such option or command; quote COMMAND"),
+    alike(["--notify", "'"], "--notify: No closing quotation"), alike(["--json"], "--json: no such option or command"),
     (["wrong.toml"], "train_gpt_medium.py: wrong.toml: a mistake"), (["large.toml"], "large.toml: too large for a CPU"),
     (["--smoke", "-n", "2"], "--smoke trains each config once; omit -n and --run_id"),
 ])
@@ -213,9 +220,9 @@ def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment)
 
 @pytest.mark.parametrize("command, other, last_line, made", [
     (MAKE_SHARD[1], {}, "", "shard"),
-    ("open('tried', 'a').write('x')", {}, ".*one.toml: data is missing; fetch it with: .* -c .*", "tried x"),
+    alike("open('tried', 'a').write('x')", {}, ".*one.toml: data is missing; fetch it with: .* -c .*", "tried x"),
     ("raise SystemExit(1)", {}, ".*failed; see the lines above", ""),
-    ("open('crash', 'x')", {}, "run.sh: train_gpt_medium.py --check failed \\(1\\); see the lines above", "crash"),
+    alike("open('crash', 'x')", {}, "run.sh: train_gpt_medium.py --check failed \\(1\\); see the lines above", "crash"),
     (MAKE_SHARD[1], dict(two=dict(fetch=[])), ".*two.toml: no shards", ""),  # another lacks what no command gets
 ])
 def test_missing_data_is_fetched_once_unless_other_data_cannot_be(folder, command, other, last_line, made):
@@ -227,10 +234,10 @@ def test_missing_data_is_fetched_once_unless_other_data_cannot_be(folder, comman
 
 
 @pytest.mark.parametrize("ignored, sent, end", [
-    ([], [signal.SIGINT], SAVED), ([], [signal.SIGTERM], SAVED), ([], [signal.SIGHUP], SAVED),
+    ([], [signal.SIGINT], SAVED), ([], [signal.SIGTERM], SAVED), alike([], [signal.SIGHUP], SAVED),
     ([], [signal.SIGINT, signal.SIGINT], "at once"),
-    ([], [signal.SIGHUP, signal.SIGHUP], SAVED),  # a terminal that is closed may send it twice
-    ([signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM], SAVED),  # under nohup a closed terminal changes nothing
+    alike([], [signal.SIGHUP, signal.SIGHUP], SAVED),  # a terminal that is closed may send it twice
+    alike([signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM], SAVED),  # under nohup a closed terminal changes nothing
 ])
 def test_a_signal_for_all_processes_reaches_the_run_once_and_a_second_ctrl_c_ends_at_once(folder, ignored, sent, end):
     (folder / "keep").touch()  # so that the run does not end by the first signal

@@ -94,7 +94,8 @@ def test_it_takes_PYTHON_or_else_venv_or_else_python3(clone, tmp_path):
 
 @pytest.mark.parametrize("options, lacking", [
     (dict(modules=MODULES, torch="2.5.1"), "PyTorch 2.11 to 2.13"), (dict(modules=MODULES[:1]), "numpy"),
-    (dict(modules=MODULES, torch="2.14.0"), "PyTorch 2.11 to 2.13"), (dict(), "torch"),
+    pytest.param(dict(modules=MODULES, torch="2.14.0"), "PyTorch 2.11 to 2.13", marks=pytest.mark.slow),
+    pytest.param(dict(), "torch", marks=pytest.mark.slow),
 ])
 def test_if_python3_lacks_something_that_is_said_and_venv_is_made(clone, options, lacking):
     active = make_active_python(clone, **options)
