@@ -169,7 +169,7 @@ def test_a_rerun_ends_as_if_nothing_had_happened(attempt, run, small_config, con
     """After a kill with every kind of state: gates, several tables, mantissas of bf16."""
     (options, attempts, resumed, files), prefix = INTERRUPTIONS[name], ""
     if name == "a rank is killed, then all":
-        prefix = "use_bf16()"
+        prefix = "use_bf16(); skip_newton_schulz()"
         config.write_text(f"{config.read_text()}\nvalue_embeddings = [[0, 13], [0, 13, 15], [3]]\n"
                           "value_embedding_gate = true")
     for fault, statuses, why, step in attempts:

@@ -79,10 +79,10 @@ def test_on_a_terminal_a_bar_replaces_the_training_lines(small_config, tmp_path)
 
 def test_a_killed_queue_ends_with_the_log_of_an_undisturbed_run(small_config, tmp_path):
     """Rerun with the same command."""
-    config = small_config(num_iterations=24, val_loss_every=12, val_seq_len=128, val_tokens=128,
+    config = small_config(num_iterations=12, val_loss_every=6, val_seq_len=128, val_tokens=128,
                           sequences_per_step=1, checkpoint_every=2)
     log, process = tmp_path / "logs" / "small" / "000.txt", start("./run.sh", config)
-    while not log.exists() or "step:4/24 train_time" not in log.read_text():
+    while not log.exists() or "step:4/12 train_time" not in log.read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.kill()
