@@ -316,11 +316,13 @@ def main(arguments: list[str]) -> int:
         queue = None if options.check else Queue(options.notify)
         may_choose_scale = options.smoke or not configs
         configs, note = configs or ["configs/baseline.toml"], ""
+        if may_choose_scale:
+            first = describe(configs, [])[0]  # without the options, because they can fit the smaller scale only
+            has_scale = first.configuration["scale"] or any(word.startswith("--scale=") for word in overrides)
+            if first.device_kind == "CPU cores" and not has_scale:
+                overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
         experiments = describe(configs, overrides)
         if may_choose_scale:
-            if experiments[0].device_kind == "CPU cores" and not experiments[0].configuration["scale"]:
-                overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
-                experiments = describe(configs, overrides)
             say(f"run.sh: using {' '.join(configs)}{note}")
         if options.smoke:
             raise_first(e.refusal for e in experiments)

@@ -43,7 +43,7 @@ def check(words):
     for config in (word for word in words if not word.startswith("--")):
         configuration, how, fetch = resolve(config, options)
         is_large = configuration.get("is_large") and "--scale=tiny" not in options and "KIND" not in os.environ
-        if how == "mistake":
+        if how == "mistake" or is_large and "--val_tokens=1" in options:
             print(f"train_gpt_medium.py: {config}: a mistake", file=sys.stderr)
             sys.exit(2)
         experiments.append(dict(

@@ -170,10 +170,11 @@ def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(folder, a
 @pytest.mark.parametrize("kind, words, options", [
     ("CPU cores", [], ["--scale=tiny"]), ("GPUs", [], []),
     ("CPU cores", ["--scale", "small"], ["--scale=small"]),
+    ("CPU cores", ["--val_tokens", "1"], ["--val_tokens=1", "--scale=tiny"]),  # too few for the published size
 ])
 def test_without_a_config_it_is_the_baseline_and_on_a_cpu_at_scale_tiny(folder, monkeypatch, kind, words, options):
     monkeypatch.setenv("KIND", kind) if kind == "GPUs" else None
-    write_configs(folder / "configs", baseline=dict(is_large=not words))
+    write_configs(folder / "configs", baseline=dict(is_large="--scale" not in words))
     result = run(folder, *words)
     assert started(folder, "options")[0] == [*options, "--run_id=0"] and started(folder) == ["baseline/000.txt"]
     assert "run.sh: using configs/baseline.toml" in result.out.splitlines()[0]
