@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 try:
     import torch
 except ImportError:
-    sys.exit("train_gpt_medium.py: PyTorch is missing; start with ./run.sh, or with .venv/bin/torchrun after it")
+    sys.exit("train_gpt_medium.py: PyTorch is missing; start ./run.sh once, which installs it for .venv/bin/torchrun")
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ def sum_tensors(*tensors: Tensor) -> Tensor:
 
 
 class Share(torch.autograd.Function):
-    """Hand a tensor to `count` readers and sum their gradients in one pass, not one by one: 2.4 ms a step on paper."""
+    """Hand a tensor to `count` readers and sum their gradients in one pass, which saves 2.4 ms a step on paper."""
 
     sum_gradients = sum_tensors  # compiled on CUDA
 
@@ -275,7 +275,7 @@ class Rotary(nn.Module):
 class TokenTable(nn.Embedding):
     """Read a row for each token; weight (V, 128 * heads)."""
     has_rows = False  # whether an entry of the map may set `rows`
-    reads_x0 = False
+    reads_x0 = False  # whether `forward` uses x0
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(hp.vocab_size, HEAD_DIM * heads, _weight=torch.empty(hp.vocab_size, HEAD_DIM * heads))
@@ -619,14 +619,16 @@ def set_schedules(adamw: torch.optim.AdamW, muon: Muon, step: int, hp: Hyperpara
 
 
 class Trainer:
-    """Hold the model, its optimizers and the training step, the same function for every world size: a loss has weight
-    1 / sequences_per_step, each rank sums its gradients, an all-reduce in their dtype sums over the ranks. It starts
-    when the last sequence's backward has made the gradient, so all ranks start them in one order, that of the graph.
+    """Hold the model, its optimizers and the training step, which is the same function for every world size.
+
+    Each loss has weight 1 / sequences_per_step, and each rank sums its gradients. An all-reduce of each gradient, in
+    its dtype, sums over the ranks. It starts when the last sequence's backward has made that gradient. The graph fixes
+    their order, so all ranks start their all-reduces in the same order.
     """
 
     def __init__(self, hp: Hyperparameters, device: torch.device):
         self.hp, self.device, self.rank, self.world_size = hp, device, dist.get_rank(), dist.get_world_size()
-        # Tuning goes through one kernel after the other; all of the published script's took half an hour.
+        # The compiler tunes one kernel after another. For the published script this took half an hour in all.
         self.timeout_s = max(hp.step_timeout, distributed.START_TIMEOUT_S * (3 if hp.coordinate_descent_tuning else 1))
         with device:
             self.model = GPT(hp)
@@ -771,7 +773,7 @@ def train(trainer: Trainer, log: run_log.RunLog, identity: dict[str, Any], stop:
 
 def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, Any], drawing: str,
                  log: run_log.RunLog, state: dict[str, Any] | None) -> None:
-    """Train on every rank, from the warm-up, or from a checkpoint's `state`. Raises what `train` raises."""
+    """Warm up, then train on every rank, from step 0 or from a checkpoint's `state`. Raises what `train` raises."""
     stop, started_at = distributed.StopFlag(log), time.monotonic()
     step, time_ms = checkpoint.begin_log(log, identity, state, drawing, device)
     log.line(f"log: {log.path}\nwarm-up: {run_log.plural(hp.warmup_steps, 'step')}, not timed, then undone")
@@ -818,7 +820,7 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
 
 
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
-    """Check shards and finished runs; return a new run's identity. Raises as they do."""
+    """Check shards and finished runs; return a new run's identity. Raises ValueError, also as MissingShardsError."""
     step_tokens = hp.sequences_per_step * hp.train_seq_len
     data = checks.check_streams(config, hp.vocab_size, hp.eot_id, hp.train_files, step_tokens, hp.num_iterations,
                                 hp.val_files, hp.val_seq_len, hp.num_val_sequences)

@@ -165,7 +165,7 @@ def warn_of_lengths(train_seq_len: int, val_seq_len: int, max_window: int) -> st
     if (reach := min(max_window, val_seq_len)) <= train_seq_len:
         return ""
     return (f"\nwarning: validation attends over {reach} tokens, training over {train_seq_len}: the loss would measure "
-            f"extrapolation; set val_seq_len to {train_seq_len}")
+            f"distances that training never shows; set val_seq_len to {train_seq_len}")
 
 
 def warn_of_documents(num_val_documents: int) -> str:
@@ -173,7 +173,7 @@ def warn_of_documents(num_val_documents: int) -> str:
     if num_val_documents >= MIN_VAL_DOCUMENTS:
         return ""
     return (f"\nwarning: validation reads only {plural(num_val_documents, 'document')}: the loss would say little "
-            "about other text; raise val_tokens, or shuffle shorter documents into val_files")
+            "about other text; raise val_tokens, or make val_files from shuffled, shorter documents")
 
 
 def valid_world_sizes(sequences_per_step: int, num_val_sequences: int) -> list[int]:

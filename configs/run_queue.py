@@ -92,7 +92,8 @@ def check_runs(experiments: list[SimpleNamespace], num_runs: int) -> None:
     folders = [e.log_folder for e in experiments]
     for e in experiments:
         if folders.count(e.log_folder) > 1:
-            raise ValueError(f"{e.config}: another config logs to {e.log_folder} too; rename one, or name it once")
+            raise ValueError(f"{e.config}: another config logs to {e.log_folder} too; rename one, or list "
+                             "the config only once")
         if e.configuration["run_id"] is not None:
             raise ValueError(f"{e.config}: run_id: the queue numbers the runs; remove the key, or use --run_id N")
         if e.configuration["seed"] is not None and num_runs > 1:

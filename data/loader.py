@@ -67,11 +67,12 @@ def check_stream(pattern: str, vocab_size: int, end_of_text: int, batch_tokens: 
         if (found := num_batches(lengths, batch_tokens)) < num_needed:
             error = MissingShardsError if absent_shards(pattern, fineweb_shards or 0, names) else ValueError
             raise error(f"too few tokens: {purpose} needs {num_needed * batch_tokens:,} ({num_needed:,} x "
-                        f"{batch_tokens:,}) and 2 more, {pattern} has {sum(lengths):,} (shards: {len(shards)}), "
-                        f"enough for {found:,}; ask for less or add shards")
+                        f"{batch_tokens:,}), {pattern} has {sum(lengths):,} (shards: {len(shards)}), enough for "
+                        f"{found:,}; no batch spans two shards: ask for less or add shards")
         for name in absent_shards(pattern, max(map(shard_number, names)), names):
             raise MissingShardsError(f"{pattern}: {name} is missing though later shards are there, so the run would "
-                                     f"read other tokens; name the shards in the pattern or fetch the missing", name)
+                                     "read other tokens; name the shards in the pattern, or fetch the missing ones",
+                                     name)
         return shards
     except MissingShardsError as error:
         command = fetch_command(pattern, error.path, fineweb_shards)

@@ -180,7 +180,7 @@ def open_run(path: Path, is_new: bool, identity: dict[str, Any]) -> tuple[RunLog
     try:
         log = open_log(path, is_new)
     except OSError as error:
-        raise ValueError(f"log_dir: {error}; set log_dir to a folder that you can write to") from None
+        raise ValueError(f"log_dir: {error}; set log_dir to another folder that you can write to") from None
     log.lock()
     run_id = int(log.path.stem)
     identity = identity | dict(run_id=run_id, seed=run_id if identity["seed"] is None else identity["seed"])

@@ -169,7 +169,7 @@ def sentence(comparison: Comparison, entry: dict[str, Any]) -> str:
         spent = 1000 * entry["time_to_target"] / entry["steps_to_target"]
         parts.append(f"{spent:.2f} ms per step to the target, break-even at {even:.2f}")
     if entry["missed"]:
-        parts.append(f"{entry['missed']} of {entry['runs']} do not reach the target")
+        parts.append(f"{entry['missed']} of {entry['runs']} missed the target")
     if entry["runs"]:
         total = number(entry["total_time_mean"], ".1f", entry["total_time_std"])
         parts.append(f"{total} s for {comparison.runs[name][0].end} steps")
@@ -201,8 +201,8 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
     if delta and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
         alone, among = (run_statistics.runs_needed(effect, LEVEL / count) for count in (1, tests))
-        lines.append(f"To show {delta:g} in loss with power {run_statistics.POWER} takes {alone} runs of both, {among} "
-                     f"where {tests} are compared.")
+        lines.append(f"To show {delta:g} in loss with power {run_statistics.POWER} takes {alone} runs of each "
+                     f"configuration, or {among} among {plural(tests, 'comparison')}.")
     return lines
 
 

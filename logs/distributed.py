@@ -85,7 +85,7 @@ def check_equal_on_ranks(values: dict[str, Any]) -> None:
     """Raise ValueError if this rank's values differ from rank 0's, as when two nodes have two versions of a file."""
     first = gather(values)[0]
     if differing := [name for name in first | values if first.get(name) != values.get(name)]:
-        raise ValueError(f"rank {dist.get_rank()}: {', '.join(differing)} differ from rank 0's; "
+        raise ValueError(f"rank {dist.get_rank()}: differs from rank 0 in {', '.join(differing)}; "
                          "give every node the same code, data, config and options")
 
 
@@ -199,7 +199,7 @@ def count_devices() -> tuple[int, str]:
     status, output = (0, "") if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else getstatusoutput(command)
     if status == 127 or not (status or output):  # there is no nvidia-smi, or it lists no GPU
         return count_cores(), "CPU cores"
-    said, build = output.partition("\n")[0].replace(", ", " with driver "), torch.version.cuda or "no version"
+    said, build = output.partition("\n")[0].replace(", ", " with driver "), torch.version.cuda or "none"
     mismatch = (f"lists {said}, but PyTorch {torch.__version__} of {sys.executable}, built for CUDA {build}, cannot use"
                 " it; install a newer driver or a PyTorch built for this one (https://pytorch.org/get-started/locally)")
     failure = f"fails with status {status}: {said}; repair the driver (after its update: reboot)"

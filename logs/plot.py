@@ -13,7 +13,7 @@ from logs.results import Result
 from logs.run_log import plural
 from logs.run_statistics import LEVEL, Comparison, Effect, Family, Ranking
 
-# From Okabe and Ito's palette, safe for colour-blind readers: https://jfly.uni-koeln.de/color/
+# From Okabe and Ito's palette, safe for color-blind readers: https://jfly.uni-koeln.de/color/
 VERDICTS = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "s"), "undecided": ("#7F7F7F", "D")}
 COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255"]
 QUESTIONS = ("baseline", "more tables", "fewer tables", "shared by neighbors", "shifted", "other sources", "other keys",

@@ -211,4 +211,4 @@ def open_log(path: Path, is_new: bool) -> RunLog:
         if not is_new or not any(path.parent.glob(f"{numbered.stem}.*")):
             with suppress(FileExistsError):  # another run has taken the number since
                 return RunLog(numbered, is_new)
-    raise OSError("all run_ids up to 999 are taken; move logs away")
+    raise OSError("all run_ids up to 999 are taken")

@@ -371,9 +371,9 @@ def test_a_checkpoint_that_is_damaged_or_holds_code_is_refused(killed, start, lo
     (3, [], "", "sequences_per_step: 2 sequences cannot be divided among 3 ranks"),
     (2, ["--train_files", "nowhere/*.bin"], "rank() == 0 and time.sleep(1)", "no file matches nowhere/*.bin"),
     (2, ["--value_embeddings", "[[3]]", "--seed", "7"], "rank() == 1 and time.sleep(1)",
-     "rank 1: value_embeddings, seed differ from rank 0's"),
+     "rank 1: differs from rank 0 in value_embeddings, seed;"),
     (2, [], "text = train.program_text(); train.program_text = lambda: text + str(rank())",
-     "rank 1: code differ from rank 0's"),
+     "rank 1: differs from rank 0 in code;"),
 ], ids=["on all", "data", "config", "program"])
 def test_a_mistake_on_any_rank_is_said_once(run, config, tmp_path, ranks, options, fault, fragment):
     """As on a node that lacks the data or has another version of the config, whichever comes first."""

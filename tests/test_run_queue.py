@@ -201,7 +201,7 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
     alike(["-n", "x"], "argument -n: invalid int value: 'x'"), alike(["-n"], "argument -n: expected one argument"),
     (["-n", "2", "--run_id", "3"], "argument --run_id: not allowed with argument -n"),
     (["--run_id", "-1"], "--run_id the number of a run, 0 to 999"),
-    (["one.toml"], "one.toml: another config logs to logs/one too; rename one, or name it once"),
+    (["one.toml"], "one.toml: another config logs to logs/one too; rename one, or list the config only once"),
     alike(["-n", "2", "--seed", "5"], "one.toml: seed: all 2 runs would be equal"),
     (["-n", "2", "seeded.toml"], "seeded.toml: seed: all 2 runs would be equal"),
     (["numbered.toml"], "numbered.toml: run_id: the queue numbers the runs"),
