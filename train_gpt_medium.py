@@ -842,7 +842,7 @@ def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
     drawing, device_type = check_run(hp, config, world_size=1), "cuda" if device_kind == "GPUs" else "cpu"
     fetch, refusal, data_fault = [], "", ""
     try:
-        distributed.check_mask_memory(config, device_type, max(hp.train_seq_len, hp.val_seq_len))
+        distributed.check_machine(config, device_type, max(hp.train_seq_len, hp.val_seq_len))
     except ValueError as error:
         refusal = str(error)
     try:
@@ -870,7 +870,7 @@ def main(arguments: list[str]) -> int:
     drawing = on_all_ranks(check_run, hp, config, dist.get_world_size())
     if dist.get_rank() == 0:
         run_log.say(f"{drawing}\n{distributed.describe_device(device)}")  # before the data, which may be missing
-    on_all_ranks(distributed.check_mask_memory, config, device.type, max(hp.train_seq_len, hp.val_seq_len))
+    on_all_ranks(distributed.check_machine, config, device.type, max(hp.train_seq_len, hp.val_seq_len))
     identity = on_all_ranks(check_data, hp, config, device.type)
     on_all_ranks(distributed.check_equal_on_ranks, identity)
     warning = checks.warn_of_documents(identity["val_documents"])

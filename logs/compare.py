@@ -149,9 +149,15 @@ def remarks(comparison: Comparison) -> list[str]:
     for what, family in (("loss", comparison.loss), ("time", comparison.time)):
         if family.variance_p < 0.01:
             lines.append(f"Variances of {what} differ (Brown-Forsythe p {family.variance_p:.1g}); its p is rough.")
-    others = [name for name in comparison.runs if name not in comparison.loss.samples and comparison.finished[name]]
-    if others:
+    finished = [name for name, own in comparison.finished.items() if own]
+    if others := [name for name in comparison.alike if name not in comparison.loss.samples]:
         lines.append(f"Of another length, so compared in time only: {', '.join(others)}.")
+    if others := [name for name in finished if name not in comparison.alike]:
+        lines.append(f"Validated on other data or at another length, so not compared: {', '.join(others)}.")
+    devices = {device + ", tuned kernels" * bool(run.header.configuration.get("coordinate_descent_tuning"))
+               for name in comparison.time.samples for run in comparison.finished[name] for device in run.devices}
+    if len(devices) > 1:
+        lines.append(f"Do not compare times of different devices: {'; '.join(sorted(devices))}.")
     for name, (run, *_) in comparison.runs.items():
         more, fewer = len(comparison.finished[name]), len(comparison.finished[baseline])
         changed = differences(keys[baseline], keys[name], RUN_KEYS) or list_changes(comparison.runs[baseline][0], run)
@@ -196,8 +202,7 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
             lines.append(f"No test of {what}: it needs two runs of a configuration that differ.")
         elif family.effects:
             lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once"
-                         f"{', runs paired by seed' * family.is_paired}; deviation {family.deviation:.3g} {unit}, "
-                         f"{family.dof} degrees of freedom.")
+                         f"; deviation {family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
     if delta and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
         alone, among = (run_statistics.runs_needed(effect, LEVEL / count) for count in (1, tests))

@@ -6,9 +6,11 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
@@ -217,12 +219,25 @@ def count_cores() -> int:
     return cores
 
 
-def check_mask_memory(config: Path, device_type: str, seq_len: int) -> None:
-    """Raise ValueError if a CPU's dense masks of `seq_len` tokens would take more than 16 GiB."""
+def check_machine(config: Path, device_type: str, seq_len: int) -> None:
+    """Raise ValueError if a CPU's dense masks of `seq_len` tokens would take over 16 GiB, or as `check_compiler`."""
+    if device_type == "cuda":
+        check_compiler()
     gib = 2 * 4 * seq_len**2 / 2**30  # two, in fp32
     if device_type == "cpu" and gib > 16 and os.environ.get("ANY_SIZE_ON_CPU", "0") in ("", "0"):
         raise ValueError(f"{config}: on a CPU, attention masks of {seq_len:,} tokens would take {gib:,.0f} GiB; "
                          "add --scale tiny, train on a GPU, or set ANY_SIZE_ON_CPU=1 to try it")
+
+
+def check_compiler() -> None:
+    """Raise ValueError unless Triton can compile the C code that starts kernels (triton/runtime/build.py)."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    paths = [sysconfig.get_paths(scheme)["include"], *os.environ.get("CPATH", "").split(":")]
+    lacking = "" if any(Path(path, "Python.h").exists() for path in paths) else f"{paths[0]}/Python.h"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        lacking = "a C compiler"
+    if lacking:
+        raise ValueError(f"PyTorch's compiler needs {lacking}; install it, on Ubuntu: sudo apt install gcc python3-dev")
 
 
 def describe_device(device: torch.device) -> str:

@@ -107,7 +107,7 @@ def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
     title = f"against {comparison.baseline}; 95% simultaneous intervals (Dunnett), a tick per run"
     axes.figure.text(0.01, 0.985, title, va="top", fontsize=10, parse_math=False)
     left_out = [name for name in comparison.runs if comparison.finished[name] and name not in family.samples]
-    why = "too far from the target" if of_time else "of another length"
+    why = f"{'too far from the target' if of_time else 'of another length'} or validated otherwise"
     note = f"not compared, {why}: {', '.join(left_out)}" if left_out else ""
     axes.figure.text(0.01, 0.01, note, fontsize=8, wrap=True, parse_math=False)
     axes.set_xlabel(f"change in {what} ({unit}, lower is better)")

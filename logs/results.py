@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+import math
 import os
 import re
 from collections import defaultdict
@@ -21,6 +22,7 @@ from logs.log_format import ROOT, RUN_KEYS, Header, StepLine, differences, parse
 DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b(?!.*^step:)", re.MULTILINE | re.DOTALL | re.ASCII)
 
 RESUMED = re.compile(r"^resumed at step ", re.MULTILINE)
+DEVICE = re.compile(r"^(?:resumed at step .*; )?device: (\d+ ranks?, .*)$", re.MULTILINE)
 
 
 class Curve(NamedTuple):
@@ -39,6 +41,7 @@ class Result(NamedTuple):
     step_avg_ms: float  # as the last line states it
     diverged_at: int | None  # step
     end: int  # the step whose loss is compared: num_iterations, or an earlier one
+    devices: frozenset[str]  # of all sessions, as their lines describe them; empty in published logs
 
     @property
     def finished(self) -> bool:
@@ -47,7 +50,11 @@ class Result(NamedTuple):
 
     def cut(self, step: int) -> "Result":
         """Return the run as it was at an earlier step."""
-        return self._replace(curve=Curve(*(column[self.curve.steps <= step] for column in self.curve)), end=step)
+        curve = Curve(*(column[self.curve.steps <= step] for column in self.curve))
+        if len(curve.steps) == len(self.curve.steps):
+            return self._replace(end=step)
+        step_avg_ms = 1000 * curve.seconds[-1] / max(curve.steps[-1], 1) if len(curve.steps) else math.nan
+        return self._replace(curve=curve, end=step, step_avg_ms=step_avg_ms)
 
 
 def count_runs(header: Header, results: str) -> int:
@@ -77,7 +84,8 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path}: skipped, its train_time falls between validations")
     diverged = min(map(int, [*curve.steps[~np.isfinite(curve.losses)], *DIVERGED.findall(results)]), default=None)
     total = lines[-1].num_iterations
-    return Result(path, header, total, curve, lines[-1].step_avg_ms, diverged, total)
+    devices = frozenset(DEVICE.findall(text))
+    return Result(path, header, total, curve, lines[-1].step_avg_ms, diverged, total, devices)
 
 
 def list_changes(then: Result, now: Result) -> list[str]:
@@ -87,6 +95,13 @@ def list_changes(then: Result, now: Result) -> list[str]:
                 for run in (then, now))
     unknown = {"code"} & {*one_sided} | (old.keys() ^ new.keys() if "configuration" in one_sided else set())
     return [f"only one log records the {part}" for part in one_sided] + differences(old, new, RUN_KEYS | unknown)
+
+
+def validate_alike(one: Result, other: Result) -> bool:
+    """Tell whether two runs validate on the same sequences, as far as both headers say."""
+    keys, others = one.header.configuration, other.header.configuration
+    known = keys.keys() & others.keys() & {"val_data", "val_tokens", "val_seq_len"}
+    return all(keys[key] == others[key] for key in known)
 
 
 def known_keys(name: str, run: Result) -> dict[str, Any]:

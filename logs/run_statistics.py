@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
-from logs.results import Curve, Result, known_keys
+from logs.results import Curve, Result, known_keys, validate_alike
 
 LEVEL = 0.05  # of a family of comparisons; intervals cover 1 - LEVEL
 OUTLIER_LEVEL = 0.01
@@ -67,29 +67,13 @@ class Effect(NamedTuple):
         return "undecided" if self.p >= LEVEL else "better" if self.difference < 0 else "worse"
 
 
-def have_same_seeds(seeds: list[list[int | None]]) -> bool:
-    """Tell whether all of two or more configurations have the same two or more seeds, each once, in one order."""
-    first = seeds[0] if len(seeds) > 1 else []
-    return len(first) > 1 and None not in first and len({*first}) == len(first) and all(own == first for own in seeds)
-
-
 class Family:
     """Compare all configurations with the baseline in one measure by Dunnett's test. `deviation`, pooled within
     configurations, is None if no two runs of one configuration differ; then there are no tests.
-
-    `seeds` are those of the samples' runs. If every configuration has the same ones, runs of a seed share their
-    initial values, and the test pairs them (a randomized block design): the samples lose the seeds' effects, and the
-    test their degrees of freedom.
     """
 
-    def __init__(self, samples: dict[str, np.ndarray], baseline: str, seeds: dict[str, list[int | None]] = {}):
-        self.dof = sum(len(sample) - 1 for sample in samples.values())
-        self.is_paired = have_same_seeds([seeds.get(name, []) for name in samples])
-        if self.is_paired:
-            table = np.array([*samples.values()])  # a row per configuration, a column per seed
-            samples = dict(zip(samples, table - (table.mean(axis=0) - table.mean())))
-            self.dof -= table.shape[1] - 1
-        self.samples = samples
+    def __init__(self, samples: dict[str, np.ndarray], baseline: str):
+        self.samples, self.dof = samples, sum(len(sample) - 1 for sample in samples.values())
         squares = sum(np.var(sample) * len(sample) for sample in samples.values())
         largest = max((abs(sample).max() for sample in samples.values()), default=0)
         self.deviation = math.sqrt(squares / self.dof) if squares > (1e-12 * largest) ** 2 else None
@@ -217,21 +201,21 @@ class Comparison:
         target = target or runs[baseline][0].header.configuration.get("target_loss", PUBLISHED_TARGET)
         self.runs, self.baseline, self.target = runs, baseline, target
         self.keys = {name: known_keys(name, group[0]) for name, group in runs.items()}
-        seed = (lambda run: run.header.configuration.get("seed"))
-        self.finished = {name: sorted((run for run in group if run.finished), key=lambda run: str(seed(run)))
-                         for name, group in runs.items()}  # in one order of seeds, so that they pair
+        self.finished = {name: [run for run in group if run.finished] for name, group in runs.items()}
         self.losses = {n: np.array([run.curve.losses[-1] for run in group]) for n, group in self.finished.items()}
         self.curves = {name: mean_curve(group) for name, group in self.finished.items()}
         steps, losses, seconds = (x[-1] - x[-2] if len(x) > 1 else 0 for x in self.curves[baseline])
         slopes = (losses / steps, losses / seconds) if losses < 0 < seconds else None
         self.crossings = {name: find_crossing(curve, target, slopes) for name, curve in self.curves.items()}
         self.own_crossings = {n: [find_crossing(r.curve, target, slopes) for r in g] for n, g in self.finished.items()}
-        # Losses are comparable between runs of one length; times to the target between all runs.
-        length = runs[baseline][0].num_iterations
-        alike = {name: x for name, x in self.losses.items() if len(x) and runs[name][0].num_iterations == length}
-        self.loss = Family(alike, baseline, {name: [*map(seed, group)] for name, group in self.finished.items()})
-        times = {name: np.array([crossing.seconds for crossing in own]) for name, own in self.own_crossings.items()
-                 if own and all(crossing.mark != ">" for crossing in own)}
+        # Losses are comparable between runs of one length; times to the target between all that validate alike.
+        first = runs[baseline][0]
+        self.alike = [name for name, own in self.finished.items() if own and validate_alike(own[0], first)]
+        self.loss = Family({name: self.losses[name] for name in self.alike
+                            if runs[name][0].num_iterations == first.num_iterations}, baseline)
+        own_crossings = ((name, self.own_crossings[name]) for name in self.alike)
+        times = {name: np.array([crossing.seconds for crossing in own]) for name, own in own_crossings
+                 if all(crossing.mark != ">" for crossing in own)}
         self.time = Family(times, baseline)
 
     def effects(self, name: str) -> tuple[Effect, Effect]:

@@ -73,6 +73,19 @@ def test_the_published_comparison_is_as_approved_and_begins_with_the_answer_in_8
     assert max(map(len, lines)) <= 80 and len(lines) < 65
 
 
+def test_other_validation_data_and_times_of_other_devices_are_named(tmp_path, capsys):
+    """A device is that of any session of a run."""
+    for name, device, data in (("baseline", "8 ranks, A", 1), ("resumed", "4 ranks, A", 1), ("other", "8 ranks, B", 2)):
+        session = f"device: 8 ranks, A\nresumed at step 0 after 0ms of training; now; device: {device}\n"
+        for i in range(2):
+            log = our_log(session + result_lines(SHAPE - 0.1 * data + i / 1000), val_data=[data])
+            write(tmp_path / name / f"{i}.txt", log)
+    out = run(capsys, tmp_path)[1]
+    assert out.startswith("undecided: resumed.\n") and re.search("^other +not compared", out, re.MULTILINE)
+    assert "\nValidated on other data or at another length, so not compared: other.\n" in out
+    assert "\nDo not compare times of different devices: 4 ranks, A; 8 ranks, A.\n" in out
+
+
 def test_a_comparison_of_peculiar_runs_is_as_approved(two, capsys):
     write_runs(two / "mixed", BETTER, ms=200)
     write_runs(two / "late", [SHAPE + 0.011, SHAPE + 0.013], ms=50)  # extrapolated

@@ -67,6 +67,20 @@ def test_gpus_limit_the_ranks_and_are_counted_without_taking_memory_on_one(monke
         distributed.find_device()
 
 
+@pytest.mark.parametrize("variables, has_header, lacking", [
+    ({}, True, "a C compiler"), ({"CC": "/opt/cc"}, True, ""), ({"CC": "/opt/cc"}, False, ".*/Python.h"),
+    ({"CC": "/opt/cc", "CPATH": "/:FOLDER"}, False, "")])
+def test_on_a_gpu_a_missing_compiler_is_said_at_first(tmp_path, monkeypatch, variables, has_header, lacking):
+    """Without the check, each run of a queue would fail after its start (triton/runtime/build.py)."""
+    (tmp_path / "Python.h").touch()
+    for name, value in ({"PATH": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value.replace("FOLDER", str(tmp_path)))
+    include = tmp_path if has_header else tmp_path / "nowhere"
+    monkeypatch.setattr(distributed.sysconfig, "get_paths", lambda scheme: {"include": str(include)})
+    with pytest.raises(ValueError, match=f"needs {lacking}; install it, on Ubuntu: ") if lacking else nullcontext():
+        distributed.check_machine("a.toml", "cuda", 128)
+
+
 @pytest.mark.parametrize("files, cores", [
     ({}, 8), ({"cpu.max": "max 100000"}, 8), ({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "9900000 100000"}, 8),
     ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, 8), ({"cpu.cfs_quota_us": "-1"}, 8),

@@ -121,7 +121,7 @@ NONE, GAP, WHOLE, DAMAGED = 4 * [0], [1_600, 0, 1_600, 1_600], 4 * [1_600], [1_6
     (GAP, TRAIN, 15, 1, "", None),  # the run does not read beyond the gap
     (GAP, TRAIN, 16, 1, f"{TWO} is missing though later shards are there", 2),  # by count, one is enough
     (GAP, "fineweb_train_00000[13].bin", 30, 1, "", None),  # the pattern omits it on purpose
-    (WHOLE, TRAIN, 46, 4, r"few tokens: a test needs 4,600 \(46 x 100\), .* has 4,800 \(shards: 3\), enough for 45;", 4),
+    (WHOLE, TRAIN, 46, 4, r"tokens: a test needs 4,600 \(46 x 100\), .* has 4,800 \(shards: 3\), enough for 45;", 4),
     (WHOLE, TRAIN, 46, None, "too few tokens", None),  # even all are too few
     (WHOLE, VAL, 16, 3, "too few tokens", None),  # there is one validation shard
     (WHOLE, "fineweb_train_00000[12].bin", 31, 3, "too few tokens", None),  # nothing to fetch for a narrow pattern

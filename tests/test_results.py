@@ -51,6 +51,13 @@ def test_results_are_read_and_code_and_accidents_are_not(tmp_path, text):
     assert run.finished and run.step_avg_ms == 100
 
 
+def test_a_run_cut_at_a_step_has_the_pace_up_to_there(tmp_path):
+    lines = (format_step_line(step, 20, ms, 3.0) for step, ms in ((0, 0), (10, 1000), (20, 4000)))
+    run = read_result(write(tmp_path / "a.txt", "\n".join(lines)))
+    assert [run.cut(step).step_avg_ms for step in (10, 20)] == [100, 200]
+    assert run.cut(10).finished and len(run.cut(10).curve.steps) == 2
+
+
 @pytest.mark.parametrize("text, words", [
     ("", "no results"), (our_log(""), "no results"), (b"\x89PNG\0\xff" * 999, "no results"),
     (f"{format_step_line(5, 9, 9, 4)}\n{format_step_line(9, 9, 8, 3)}\n", "train_time falls"),

@@ -23,7 +23,7 @@ def runs():
 def make_run(losses, every=10, ms=100, **keys):
     steps = np.arange(len(losses)) * float(every)
     curve = Curve(steps, np.array(losses, float), steps * ms / 1000)
-    return Result(Path("run"), Header("", keys), int(steps[-1]), curve, 100.0, None, int(steps[-1]))
+    return Result(Path("run"), Header("", keys), int(steps[-1]), curve, 100.0, None, int(steps[-1]), frozenset())
 
 
 @pytest.mark.parametrize("losses, step", [
@@ -78,23 +78,6 @@ def test_equals_are_called_different_in_five_percent_of_families(runs, monkeypat
             verdicts = {effect.verdict for effect in getattr(comparison, measure).effects.values()}
             wrong[measure] += verdicts != {"undecided"}
     assert max(wrong.values()) <= stats.binom.ppf(0.99, 200, 0.05) == 18
-
-
-def test_runs_of_the_same_seeds_are_paired_whatever_the_order_of_their_logs():
-    a, b, c = np.array([3.0, 0.0, -5.0, 9.0]) + np.random.default_rng(0).normal(0, 0.1, (3, 4))
-    groups = {"a": [make_run([9, a[i]], seed=i) for i in range(4)],
-              "b": [make_run([9, b[i]], seed=i) for i in (3, 2, 1, 0)]}
-    (effect,), test = Comparison(groups, "b", 2.92).loss.effects.values(), stats.ttest_rel(a, b)
-    low, high = test.confidence_interval()
-    assert effect == pytest.approx((a.mean() - b.mean(), (high - low) / 2, test.pvalue), rel=1e-3)
-    groups["c"] = [make_run([9, c[i]], seed=i) for i in range(4)]
-    assert Comparison(groups, "b", 2.92).loss.dof == (3 - 1) * (4 - 1)
-
-
-@pytest.mark.parametrize("seeds", [
-    {}, {"a": [0, 1, 2], "b": [0, 1, 3]}, {"a": [0, 1, 1], "b": [0, 1, 1]}, {"a": [0, 1, None], "b": [0, 1, None]}])
-def test_runs_of_other_or_unknown_seeds_are_not_paired(seeds):
-    assert not Family({"a": np.array([1.0, 2, 4]), "b": np.array([1.0, 3, 5])}, "b", seeds).is_paired
 
 
 @pytest.mark.parametrize("sample", [[1.0], [1.0, 1.0, 1.0], [0.3, 0.1 + 0.2]])
