@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.cached_fineweb10B import FINEWEB_FOLDER, absent_shards, shard_number
-from data.local_text import LOCAL_TEXT_FOLDER
+from data.local_text import BYTE_PAIRS_FOLDER, LOCAL_TEXT_FOLDER
 from data.shards import MissingShardsError, Shard, locate_batches, num_batches, open_shards
 
 
@@ -75,7 +75,7 @@ def check_stream(pattern: str, vocab_size: int, end_of_text: int, batch_tokens: 
                                      name)
         return shards
     except MissingShardsError as error:
-        command = fetch_command(pattern, error.path, fineweb_shards)
+        command = fetch_command(pattern, error.path, fineweb_shards, vocab_size)
         raise MissingShardsError(str(error), error.path, command) from None
 
 
@@ -88,10 +88,12 @@ def check_tokens(shard: Shard, end_of_text: int) -> None:
                          "set end_of_text to the id that starts documents, 50256 in GPT-2's shards")
 
 
-def fetch_command(pattern: str, path: str, fineweb_shards: int | None) -> list[str]:
+def fetch_command(pattern: str, path: str, fineweb_shards: int | None, vocab_size: int) -> list[str]:
     """Return the arguments of the Python command that gets a pattern's shards and `path`, or [] if there is none."""
     folder = os.path.realpath(os.path.dirname(pattern))
     if folder == os.path.realpath(FINEWEB_FOLDER) and fineweb_shards is not None:
         return ["data/cached_fineweb10B.py", str(max(fineweb_shards, shard_number(path)))]
-    is_empty = not any(LOCAL_TEXT_FOLDER.glob("local_*.bin"))  # never replace the user's own text
-    return ["data/local_text.py"] if folder == os.path.realpath(LOCAL_TEXT_FOLDER) and is_empty else []
+    for own, words in ((LOCAL_TEXT_FOLDER, []), (BYTE_PAIRS_FOLDER, ["--vocab_size", str(vocab_size)])):
+        if folder == os.path.realpath(own) and not any(own.glob("local_*.bin")):  # never replace the user's own text
+            return ["data/local_text.py", *words]
+    return []

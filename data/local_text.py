@@ -17,6 +17,7 @@ if not __package__:
 from data.shards import Shard, open_shard, reading, write_shard
 
 LOCAL_TEXT_FOLDER = Path(__file__).resolve().parent / "local_text"
+BYTE_PAIRS_FOLDER = LOCAL_TEXT_FOLDER.with_name("local_text_bpe")
 EOT_ID, EOT_NAME = 256, "<|endoftext|>"  # end of text, among bytes and in a tokenizer
 DOCUMENT_BYTES = 1024  # at most; with whole files as documents, `tiny` would validate on a part of one file
 # Installed packages, and the tests that some distributions ship, are not the standard library's own text.
@@ -154,7 +155,7 @@ def main(arguments: list[str]) -> None:
     kind.add_argument("--tokenizer", type=Path, metavar="FILE.json", help="use a file of the `tokenizers` library")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: data/local_text or data/local_text_bpe")
     options = parser.parse_args(arguments)
-    default = LOCAL_TEXT_FOLDER.with_name("local_text_bpe" if options.vocab_size or options.tokenizer else "local_text")
+    default = BYTE_PAIRS_FOLDER if options.vocab_size or options.tokenizer else LOCAL_TEXT_FOLDER
     try:
         print(make_shards(options.paths, options.output or default, options.vocab_size, options.tokenizer))
     except (Exception, KeyboardInterrupt) as error:  # the tokenizers library raises plain Exceptions

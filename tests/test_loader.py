@@ -140,10 +140,11 @@ def test_a_faulty_stream_and_the_command_for_it(tmp_path, monkeypatch, tokens, p
         assert str(raised.value).partition(f": {sys.executable} ")[2] == " ".join(command)
 
 
-def test_local_text_is_made_only_where_there_is_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder, words", [("LOCAL_TEXT_FOLDER", []), ("BYTE_PAIRS_FOLDER", ["--vocab_size", "257"])])
+def test_local_text_is_made_only_where_there_is_none(tmp_path, monkeypatch, folder, words):
     """A damaged shard may hold the user's own text. The command survives the way between ranks."""
-    monkeypatch.setattr(loader, "LOCAL_TEXT_FOLDER", tmp_path)
-    for command in (["data/local_text.py"], []):
+    monkeypatch.setattr(loader, folder, tmp_path)
+    for command in (["data/local_text.py", *words], []):
         with pytest.raises(MissingShardsError) as raised:
             check_stream(f"{tmp_path}/local_train_*.bin", 257, 256, 100, 1, "a test", None)
         assert pickle.loads(pickle.dumps(raised.value)).command == command

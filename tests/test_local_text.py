@@ -88,7 +88,7 @@ def test_byte_pairs_hold_the_same_text_and_the_loss_compares_with_that_of_bytes(
     own.enable_truncation(5)
     own.enable_padding(length=50)
     own.save("own.json")
-    monkeypatch.setattr(local_text, "LOCAL_TEXT_FOLDER", tmp_path / "local_text")
+    monkeypatch.setattr(local_text, "BYTE_PAIRS_FOLDER", tmp_path / "local_text_bpe")
     local_text.main([option, "texts"])
     *_, summary, keys = capsys.readouterr().out.splitlines()
     tokenizer = tokenizers.Tokenizer.from_file("local_text_bpe/local_tokenizer.json")
