@@ -176,11 +176,15 @@ def rank_alike(small: Family, large: Family) -> Ranking:
     if len(names) < 4 or not small.deviation or not large.deviation:
         raise ValueError(f"--against: a correlation needs repeated runs and 4 common configurations of one length, "
                          f"not {len(names)}")
-    rho, p = stats.spearmanr(*([family.samples[name].mean() for name in names] for family in (small, large)))
-    half = stats.norm.isf(LEVEL / 2) * math.sqrt((1 + rho**2 / 2) / (len(names) - 3))
-    middle = math.atanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
+    x, y = (stats.rankdata([family.samples[name].mean() for name in names]) for family in (small, large))
+    n, rho = len(names), np.corrcoef(x, y)[0, 1]
+    p = stats.permutation_test((x,), lambda x: x @ y, permutation_type="pairings", random_state=0).pvalue
+    half = stats.norm.isf(LEVEL / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    largest = 1 - 6 / (n**3 - n)  # half a step below 1, whose transform is infinite
+    middle = math.atanh(np.clip(rho, -largest, largest))
     limit = math.sqrt(reliability(small, names) * reliability(large, names))
-    return Ranking(names, float(rho), math.tanh(middle - half), math.tanh(middle + half), float(p), limit)
+    low, high = min(rho, math.tanh(middle - half)), max(rho, math.tanh(middle + half))
+    return Ranking(names, float(rho), float(low), float(high), float(p), limit)
 
 
 def mean_curve(runs: list[Result]) -> Curve:
