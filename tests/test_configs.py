@@ -13,6 +13,7 @@ from helpers import ROOT
 import train_gpt_medium as train
 from configs.checks import valid_world_sizes
 from configs.config import load, parse_command_line
+from data.local_text import BYTE_PAIRS_FOLDER, LOCAL_TEXT_FOLDER
 from data.shards import write_shard
 
 BASELINE = [[0, 13], [1, 14], [2, 15]]
@@ -72,26 +73,30 @@ def test_no_config_of_the_repository_is_left_out():
 def test_a_config_is_the_baseline_but_for_what_the_readme_says_and_passes_the_checks_at_every_scale(name):
     hp = read(name)
     assert hp == train.Hyperparameters(description=hp.description, **KEYS[name]) and hp.description
-    for scale in ("", "small", "tiny"):
+    for scale in ("", "small", "laptop", "tiny"):
         scaled = read(name, scale=scale)
         train.check_run(scaled, Path(f"{name}.toml"), world_size=1)
         assert scaled.value_embeddings == hp.value_embeddings
 
 
 def test_the_scales_are_what_the_readme_says():
-    small, tiny = read("baseline", scale="small"), read("baseline", scale="tiny")
+    small, laptop, tiny = (read("baseline", scale=scale) for scale in ("small", "laptop", "tiny"))
     assert (small.model_dim, small.num_heads, small.train_seq_len, small.num_iterations) == (512, 4, 16_384, 2_000)
     assert small.sequences_per_step * small.train_seq_len == 262_144
     assert small.train_files == train.Hyperparameters().train_files
     assert (tiny.model_dim, tiny.num_iterations, tiny.vocab_size) == (128, 160, 257)
-    assert tiny.train_files == "data/local_text/local_train_*.bin"
-    for hp in (small, tiny, train.Hyperparameters()):
-        train.check_run(hp, Path("baseline.toml"), world_size=8)
-        assert 8 in valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
+    assert (laptop.model_dim, laptop.num_heads, laptop.num_iterations, laptop.vocab_size) == (256, 2, 200, 2048)
+    assert (laptop.sequences_per_step, laptop.train_seq_len, laptop.val_seq_len) == (4, 512, 512)
+    for hp, folder in ((tiny, LOCAL_TEXT_FOLDER), (laptop, BYTE_PAIRS_FOLDER)):
+        assert (ROOT / hp.train_files).parent == (ROOT / hp.val_files).parent == folder
+    for hp, most in ((small, 8), (laptop, 4), (tiny, 8), (train.Hyperparameters(), 8)):
+        train.check_run(hp, Path("baseline.toml"), most)
+        assert most in valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
 
 
 @pytest.mark.parametrize("keys, warns", [
-    ({}, False), ({"scale": "small"}, False), ({"scale": "tiny"}, False), ({"scale": "tiny", "val_seq_len": 512}, True),
+    ({}, False), ({"scale": "small"}, False), ({"scale": "laptop"}, False), ({"scale": "tiny"}, False),
+    ({"scale": "tiny", "val_seq_len": 512}, True),
     ({"train_seq_len": 3456, "val_seq_len": 3456 * 8, "val_tokens": 3456 * 8}, False), ({"train_seq_len": 1024}, True)])
 def test_a_validation_over_longer_distances_than_training_is_a_warning(keys, warns):
     drawing = train.check_run(read("baseline", **keys), Path("baseline.toml"), 1)
