@@ -3,7 +3,7 @@
 #     Train each config RUNS times (1). Finished runs are skipped and interrupted ones resume: rerun the command to do
 #     what remains. Without a config: configs/baseline.toml, and without a GPU --scale tiny with it.
 #     --check: only check configs and data. --smoke: train a few steps on synthetic tokens, and report speed, memory,
-#     loss and the length of a full run. --notify: after each run and at the end, run COMMAND with the result as its last word.
+#     loss and the length of a full run. --notify: after each run and at the end, run COMMAND and the result.
 # ./run.sh status [FOLDER]: show what the queue does, and which runs with logs below FOLDER (logs) failed or diverged
 # ./run.sh compare PATH ... [OPTION ...]: compare the logs below each PATH (./run.sh compare --help)
 # ./run.sh test [PYTEST OPTION ...]: run the tests

@@ -316,11 +316,11 @@ def main(arguments: list[str]) -> int:
         os.chdir(ROOT)
         queue = None if options.check else Queue(options.notify)
         may_choose_scale = options.smoke or not configs
+        needed = overrides if configs else []  # the baseline needs none, and they can fit the smaller scale only
         configs, note = configs or ["configs/baseline.toml"], ""
-        if may_choose_scale:
-            first = describe(configs, [])[0]  # without the options, because they can fit the smaller scale only
-            has_scale = first.configuration["scale"] or any(word.startswith("--scale=") for word in overrides)
-            if first.device_kind == "CPU cores" and not has_scale:
+        if may_choose_scale and not any(word.startswith("--scale=") for word in overrides):
+            first = describe(configs, needed)[0]
+            if first.device_kind == "CPU cores" and not first.configuration["scale"]:
                 overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
         experiments = describe(configs, overrides)
         if may_choose_scale:

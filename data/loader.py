@@ -75,7 +75,7 @@ def check_stream(pattern: str, vocab_size: int, end_of_text: int, batch_tokens: 
                                      name)
         return shards
     except MissingShardsError as error:
-        command = fetch_command(pattern, error.path, fineweb_shards, vocab_size)
+        command = fetch_command(pattern, error.path, fineweb_shards, end_of_text + 1)
         raise MissingShardsError(str(error), error.path, command) from None
 
 
@@ -85,7 +85,8 @@ def check_tokens(shard: Shard, end_of_text: int) -> None:
     starts = np.linspace(0, shard.num_tokens - count, num_samples).astype(int)
     if not any([end_of_text in shard.read(int(start), count) for start in starts]):  # a list, to read all
         raise ValueError(f"{shard.path}: no document starts: none of {num_samples * count:,} tokens is {end_of_text}; "
-                         "set end_of_text to the id that starts documents, 50256 in GPT-2's shards")
+                         "set end_of_text to the id that starts documents, 50256 in GPT-2's shards, or make the data "
+                         "with this vocabulary")
 
 
 def fetch_command(pattern: str, path: str, fineweb_shards: int | None, vocab_size: int) -> list[str]:

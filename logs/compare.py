@@ -27,7 +27,7 @@ import numpy as np
 
 from logs import plot, run_statistics
 from logs.log_format import RUN_KEYS, differences
-from logs.results import Result, list_changes, read_configurations
+from logs.results import Result, list_changes, read_configurations, validate_alike
 from logs.run_log import plural, say
 from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, mean, record_test
 
@@ -55,7 +55,8 @@ def summarize(comparison: Comparison, name: str) -> dict[str, Any]:
         final_loss_mean=test["mean"], final_loss_std=test["std"], steps_to_target=own.step, time_to_target=own.seconds,
         total_time_mean=mean(totals), total_time_std=deviation(totals),
         step_avg_ms=mean([run.step_avg_ms for run in finished if np.isfinite(run.step_avg_ms)]),
-        break_even_step_ms=1000 * baseline.seconds / own.step if own.step and baseline.step is not None else None,
+        break_even_step_ms=1000 * baseline.seconds / own.step if own.step and baseline.step is not None and (
+            name in comparison.alike) else None, validated_alike=name in comparison.alike,
         missed=[run["time_to_target"] for run in single].count(None), t_test=test,
         versus_baseline=None if name == comparison.baseline else versus, single_runs=single)
 
@@ -76,7 +77,8 @@ def answer(comparison: Comparison, num_runs: int, missed: int) -> list[str]:
     baseline, target = comparison.baseline, f"{comparison.target:g}"
     lines = [list_verdicts(comparison.loss.effects) or f"no configuration to compare with {baseline} in loss."]
     if any(effect.p is not None for effect in comparison.time.effects.values()):
-        lines.append(f"in time to {target}: {list_verdicts(comparison.time.effects)}")
+        caution = ", on different devices" if len(devices_of_times(comparison)) > 1 else ""
+        lines.append(f"in time to {target}{caution}: {list_verdicts(comparison.time.effects)}")
     runs, end = plural(len(comparison.finished[baseline]), "run"), comparison.runs[baseline][0].end
     return [*lines, f"Baseline: {baseline}, {runs} to step {end}. Target: {target}; {num_runs - missed} of {num_runs} "
                     "runs reach it."]
@@ -129,9 +131,23 @@ def describe_unfinished(comparison: Comparison, run: Result) -> str:
         return f"{run.path.name} diverged at step {run.diverged_at}"
     if not len(curve.steps) or not len(baseline.steps):
         return f"{run.path.name} is not finished"
+    text = f"{run.path.name} is at step {curve.steps[-1]:.0f} of {run.num_iterations} with loss {curve.losses[-1]:.6f}"
+    if not validate_alike(run, comparison.runs[comparison.baseline][0]):
+        return text
     there = np.interp(curve.steps[-1], baseline.steps, baseline.losses, right=np.nan)
-    return (f"{run.path.name} is at step {curve.steps[-1]:.0f} of {run.num_iterations} with loss "
-            f"{curve.losses[-1]:.6f}, {curve.losses[-1] - there:+.6f} relative to the baseline")
+    return f"{text}, {curve.losses[-1] - there:+.6f} relative to the baseline"
+
+
+def devices_of_times(comparison: Comparison) -> dict[str, list[str]]:
+    """Return the devices of the runs whose times are compared, with the configurations on each; {} if none is known."""
+    found: dict[str, list[str]] = {}
+    for name in comparison.time.samples:
+        runs = comparison.finished[name]
+        devices = {device + ", tuned kernels" * bool(run.header.configuration.get("coordinate_descent_tuning"))
+                   for run in runs for device in run.devices}
+        for device in sorted(devices | ({"not stated"} if not all(run.devices for run in runs) else set())):
+            found.setdefault(device, []).append(name)
+    return {} if [*found] == ["not stated"] else found
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -153,11 +169,12 @@ def remarks(comparison: Comparison) -> list[str]:
     if others := [name for name in comparison.alike if name not in comparison.loss.samples]:
         lines.append(f"Of another length, so compared in time only: {', '.join(others)}.")
     if others := [name for name in finished if name not in comparison.alike]:
-        lines.append(f"Validated on other data or at another length, so not compared: {', '.join(others)}.")
-    devices = {device + ", tuned kernels" * bool(run.header.configuration.get("coordinate_descent_tuning"))
-               for name in comparison.time.samples for run in comparison.finished[name] for device in run.devices}
-    if len(devices) > 1:
-        lines.append(f"Do not compare times of different devices: {'; '.join(sorted(devices))}.")
+        lines.append(f"Validated on other data or at another length, so not compared: {', '.join(others)}"
+                     f"{'; use one as --baseline' * (comparison.alike == [baseline])}.")
+    if len(devices := devices_of_times(comparison)) > 1:
+        shown = [f"{device} ({', '.join(names) if len(names) <= MAX_SENTENCES else len(names)})"
+                 for device, names in devices.items()]
+        lines.append(f"Do not compare times of different devices: {'; '.join(shown)}.")
     for name, (run, *_) in comparison.runs.items():
         more, fewer = len(comparison.finished[name]), len(comparison.finished[baseline])
         changed = differences(keys[baseline], keys[name], RUN_KEYS) or list_changes(comparison.runs[baseline][0], run)

@@ -232,12 +232,15 @@ def check_machine(config: Path, device_type: str, seq_len: int) -> None:
 def check_compiler() -> None:
     """Raise ValueError unless Triton can compile the C code that starts kernels (triton/runtime/build.py)."""
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    paths = [sysconfig.get_paths(scheme)["include"], *os.environ.get("CPATH", "").split(":")]
-    lacking = "" if any(Path(path, "Python.h").exists() for path in paths) else f"{paths[0]}/Python.h"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        lacking = "a C compiler"
+    paths = [path for name in ("CPATH", "C_INCLUDE_PATH") for path in os.environ.get(name, "").split(":")]
+    paths.append(sysconfig.get_paths(scheme)["include"])
+    lacking = "" if any(os.path.exists(f"{path}/Python.h") for path in paths) else f"{paths[-1]}/Python.h"
+    cc = os.environ.get("CC")  # one word
+    if not (shutil.which("gcc") or shutil.which("clang") if cc is None else shutil.which(cc)):
+        lacking = "a C compiler" if cc is None else f"a C compiler, and CC={cc} is not a program"
     if lacking:
-        raise ValueError(f"PyTorch's compiler needs {lacking}; install it, on Ubuntu: sudo apt install gcc python3-dev")
+        raise ValueError(f"PyTorch's compiler needs {lacking}; install it, on Ubuntu: sudo apt install gcc "
+                         f"python3.{sys.version_info[1]}-dev")
 
 
 def describe_device(device: torch.device) -> str:

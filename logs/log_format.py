@@ -91,10 +91,13 @@ def read_header(log: Path) -> Header:
 
 @lru_cache(maxsize=32)
 def syntax(code: str) -> str:
-    """Return a text's syntax tree without docstrings and other bare constants, or the text if it does not parse."""
+    """Return a text's syntax tree without docstrings, other bare constants and error messages, or the text if it does
+    not parse."""
     try:
         tree = ast.parse(code)
         for node in ast.walk(tree):
+            if isinstance(node, ast.Raise):
+                node.exc = None
             if isinstance(getattr(node, "body", None), list):
                 node.body = [s for s in node.body
                              if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]

@@ -23,6 +23,7 @@ DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b(?!.*^step:)", re.MULTILIN
 
 RESUMED = re.compile(r"^resumed at step ", re.MULTILINE)
 DEVICE = re.compile(r"^(?:resumed at step .*; )?device: (\d+ ranks?, .*)$", re.MULTILINE)
+PUBLISHED_VALIDATION = {"val_tokens": 10_485_760, "val_seq_len": 262_144}  # taken for logs without a configuration
 
 
 class Curve(NamedTuple):
@@ -51,9 +52,9 @@ class Result(NamedTuple):
     def cut(self, step: int) -> "Result":
         """Return the run as it was at an earlier step."""
         curve = Curve(*(column[self.curve.steps <= step] for column in self.curve))
-        if len(curve.steps) == len(self.curve.steps):
+        if step >= self.num_iterations:
             return self._replace(end=step)
-        step_avg_ms = 1000 * curve.seconds[-1] / max(curve.steps[-1], 1) if len(curve.steps) else math.nan
+        step_avg_ms = 1000 * curve.seconds[-1] / curve.steps[-1] if curve.steps.any() else math.nan
         return self._replace(curve=curve, end=step, step_avg_ms=step_avg_ms)
 
 
@@ -98,8 +99,8 @@ def list_changes(then: Result, now: Result) -> list[str]:
 
 
 def validate_alike(one: Result, other: Result) -> bool:
-    """Tell whether two runs validate on the same sequences, as far as both headers say."""
-    keys, others = one.header.configuration, other.header.configuration
+    """Tell whether two runs validate on the same sequences, as far as both logs say."""
+    keys, others = (run.header.configuration or PUBLISHED_VALIDATION for run in (one, other))
     known = keys.keys() & others.keys() & {"val_data", "val_tokens", "val_seq_len"}
     return all(keys[key] == others[key] for key in known)
 

@@ -167,16 +167,18 @@ def reliability(family: Family, names: list[str]) -> float:
 
 
 def rank_alike(small: Family, large: Family) -> Ranking:
-    """Compare the order of the configurations in two families. Raises ValueError without repeats or four names.
+    """Compare the order of the configurations in two families. Raises ValueError without repeats, names or an order.
 
     A pair of noisy means is one observation, so the interval (Bonett and Wright 2000,
     https://doi.org/10.1007/BF02294183) includes the noise of both.
     """
     names = [name for name in small.samples if name in large.samples]
     if len(names) < 4 or not small.deviation or not large.deviation:
-        raise ValueError(f"--against: a correlation needs repeated runs and 4 common configurations of one length, "
-                         f"not {len(names)}")
+        raise ValueError("--against: a correlation needs repeated runs and 4 common configurations of one length and "
+                         f"validation, not {len(names)}")
     x, y = (stats.rankdata([family.samples[name].mean() for name in names]) for family in (small, large))
+    if not (np.ptp(x) and np.ptp(y)):
+        raise ValueError("--against: all mean losses are equal; name configurations that differ")
     n, rho = len(names), np.corrcoef(x, y)[0, 1]
     p = stats.permutation_test((x,), lambda x: x @ y, permutation_type="pairings", random_state=0).pvalue
     half = stats.norm.isf(LEVEL / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
@@ -202,7 +204,8 @@ class Comparison:
     def __init__(self, runs: dict[str, list[Result]], baseline: str, target: float | None):
         if baseline not in runs:
             raise ValueError(f"--baseline {baseline}: no such configuration; use one of {', '.join(runs)}")
-        target = target or runs[baseline][0].header.configuration.get("target_loss", PUBLISHED_TARGET)
+        known = runs[baseline][0].header.configuration.get("target_loss")
+        target = target or (known if isinstance(known, (int, float)) and known > 0 else PUBLISHED_TARGET)
         self.runs, self.baseline, self.target = runs, baseline, target
         self.keys = {name: known_keys(name, group[0]) for name, group in runs.items()}
         self.finished = {name: [run for run in group if run.finished] for name, group in runs.items()}

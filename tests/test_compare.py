@@ -83,7 +83,14 @@ def test_other_validation_data_and_times_of_other_devices_are_named(tmp_path, ca
     out = run(capsys, tmp_path)[1]
     assert out.startswith("undecided: resumed.\n") and re.search("^other +not compared", out, re.MULTILINE)
     assert "\nValidated on other data or at another length, so not compared: other.\n" in out
-    assert "\nDo not compare times of different devices: 4 ranks, A; 8 ranks, A.\n" in out
+    assert "\nDo not compare times of different devices: 8 ranks, A (baseline, resumed); 4 ranks, A (resumed).\n" in out
+    assert "\nin time to 2.92, on different devices: " in out
+    published = write_runs(tmp_path / "published", [SHAPE, SHAPE + 0.001])
+    out = run(capsys, tmp_path / "baseline", published)[1]
+    assert "different devices: 8 ranks, A (baseline); not stated (published)." in out
+    write(tmp_path / "tiny" / "0.txt", our_log(result_lines(SHAPE), val_tokens=65_536))
+    out = run(capsys, published, tmp_path / "tiny")[1]
+    assert "not compared: tiny; use one as --baseline." in out and "break-even" not in out
 
 
 def test_a_comparison_of_peculiar_runs_is_as_approved(two, capsys):
@@ -106,8 +113,8 @@ def test_the_json_fields_and_figures(two, capsys):
     better, versus = found["better"], found["better"]["versus_baseline"]
     assert [*found[None], *better, *better["t_test"], *versus] == (
         "target baseline configurations name runs num_iterations final_loss_mean final_loss_std steps_to_target "
-        "time_to_target total_time_mean total_time_std step_avg_ms break_even_step_ms missed t_test versus_baseline "
-        "single_runs "
+        "time_to_target total_time_mean total_time_std step_avg_ms break_even_step_ms "
+        "validated_alike missed t_test versus_baseline single_runs "
         "n mean std t p upper_bound record delta_loss delta_loss_low delta_loss_high p_loss delta_time delta_time_low "
         "delta_time_high p_time").split()
     assert [run["final_loss"] for run in better["single_runs"]] == pytest.approx([run[-1] for run in BETTER])

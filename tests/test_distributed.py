@@ -68,11 +68,13 @@ def test_gpus_limit_the_ranks_and_are_counted_without_taking_memory_on_one(monke
 
 
 @pytest.mark.parametrize("variables, has_header, lacking", [
-    ({}, True, "a C compiler"), ({"CC": "/opt/cc"}, True, ""), ({"CC": "/opt/cc"}, False, ".*/Python.h"),
-    ({"CC": "/opt/cc", "CPATH": "/:FOLDER"}, False, "")])
+    ({}, True, "a C compiler"), ({"CC": "FOLDER/cc -x"}, True, "a C compiler, and CC=.*/cc -x is not a program"),
+    ({"CC": "FOLDER/cc"}, True, ""), ({"CC": "FOLDER/cc"}, False, ".*/Python.h"),
+    ({"CC": "cc", "C_INCLUDE_PATH": "/:FOLDER"}, False, "")])
 def test_on_a_gpu_a_missing_compiler_is_said_at_first(tmp_path, monkeypatch, variables, has_header, lacking):
     """Without the check, each run of a queue would fail after its start (triton/runtime/build.py)."""
-    (tmp_path / "Python.h").touch()
+    for name in ("Python.h", "cc"):
+        (tmp_path / name).touch(0o755)
     for name, value in ({"PATH": str(tmp_path)} | variables).items():
         monkeypatch.setenv(name, value.replace("FOLDER", str(tmp_path)))
     include = tmp_path if has_header else tmp_path / "nowhere"

@@ -32,7 +32,7 @@ TWO = result_lines([5.0, 4.0])
 SHAPE = np.array([10.0, 4.0, 3.2, 2.95, 2.91])  # five validations
 BETTER = [SHAPE - 0.02, SHAPE - 0.021, SHAPE - 0.0185]
 SETTINGS = dict(description="a", value_embedding_lr=0.3, seed=0, run_id=0, train_data=[["s_1.bin", 9, "ab"]])
-CODE = "def f(x):\n    return x + 1\n"
+CODE = "def f(x):\n    if x < 0:\n        raise ValueError('too small')\n    return x + 1\n"
 
 
 def our_log(results, code=CODE, **settings):
@@ -109,7 +109,7 @@ def test_logs_in_deeper_folders_and_other_files_are_skipped_with_a_line(tmp_path
     (our_log(TWO, code=""), "only one log records the code"),
     (TWO, "only one log records the code; only one log records the configuration"),
     (our_log(TWO, seed=1, run_id=1, description="b\u2028c", checkpoint_every=9), None),
-    (our_log(TWO, code='def f(x):  # why\n    """Why."""\n    return (x+1)\n'), None)])
+    (our_log(TWO, code='def f(x):  # why\n    """Why."""\n    if (x<0): raise TypeError()\n    return (x+1)\n'), None)])
 def test_runs_of_one_folder_are_split_where_they_differ(tmp_path, text, change):
     write(tmp_path / "c" / "0.txt", our_log(TWO))
     write(tmp_path / "c" / "1.txt", text)
