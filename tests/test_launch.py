@@ -15,6 +15,7 @@ from logs.run_log import is_finished
 
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1",
                             "PYTHONIOENCODING": "ascii", "PET_NNODES": "2", "PET_MAX_RESTARTS": "1"}
+QUEUE = "env", "SLURM_JOB_GPUS=2", "./run.sh"  # may run beside the smoke test's, which has another number
 pytestmark = pytest.mark.slow
 
 
@@ -40,7 +41,7 @@ def test_without_arguments_run_sh_trains_the_baseline_at_scale_tiny_on_a_cpu(tmp
 
 def test_a_smoke_test_reports_what_a_full_run_will_take_and_leaves_no_files(tmp_path):
     """But torchrun leaves an empty folder."""
-    process = start("env", f"TMPDIR={tmp_path}", "./run.sh", "--smoke", "configs/none.toml")
+    process = start("env", "SLURM_JOB_GPUS=1", f"TMPDIR={tmp_path}", "./run.sh", "--smoke", "configs/none.toml")
     output, errors = process.communicate()
     assert (process.returncode, errors, [*tmp_path.glob("tmp*")]) == (0, "", [])
     assert re.search(r"""^configs/none.toml:
@@ -81,13 +82,13 @@ def test_a_killed_queue_ends_with_the_log_of_an_undisturbed_run(small_config, tm
     """Rerun with the same command."""
     config = small_config(num_iterations=12, val_loss_every=6, val_seq_len=128, val_tokens=128,
                           sequences_per_step=1, checkpoint_every=2)
-    log, process = tmp_path / "logs" / "small" / "000.txt", start("./run.sh", config)
+    log, process = tmp_path / "logs" / "small" / "000.txt", start(*QUEUE, config)
     while not log.exists() or "step:4/12 train_time" not in log.read_text():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    last = start("./run.sh", config)
+    last = start(*QUEUE, config)
     assert last.wait() == 0, last.communicate()
     undisturbed = Ranks(tmp_path / "output", config, "--run_id", 0, "--log_dir", tmp_path / "undisturbed")
     assert undisturbed.statuses() == [0] and is_finished(log)
