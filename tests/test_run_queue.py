@@ -142,7 +142,8 @@ def test_the_reason_is_not_that_of_an_earlier_attempt(folder):
         assert f"failed: {why}" in run(folder, one=dict(how=how)).err
 
 
-@pytest.mark.parametrize("kind, given, threads", [("CPU cores", "", "4"), ("CPU cores", "3", "3"), ("GPUs", "", "")])
+@pytest.mark.parametrize("kind, given, threads", [
+    ("CPU cores", "", "4"), alike("CPU cores", "3", "3"), alike("GPUs", "", "")])
 def test_ranks_share_the_cores_and_have_time_for_a_checkpoint(folder, monkeypatch, kind, given, threads):
     """The queue sets torchrun's options, but not the threads that the user gives."""
     monkeypatch.setenv("KIND", kind)
@@ -169,7 +170,7 @@ def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(folder, a
 
 @pytest.mark.parametrize("kind, words, options", [
     ("CPU cores", [], ["--scale=tiny"]), ("GPUs", [], []),
-    ("CPU cores", ["--scale", "small"], ["--scale=small"]),
+    alike("CPU cores", ["--scale", "small"], ["--scale=small"]),
     ("CPU cores", ["--val_tokens", "1"], ["--val_tokens=1", "--scale=tiny"]),  # too few for the published size
 ])
 def test_without_a_config_it_is_the_baseline_and_on_a_cpu_at_scale_tiny(folder, monkeypatch, kind, words, options):

@@ -113,7 +113,7 @@ def test_a_requirements_file_is_installed_once_until_it_changes_and_venv_is_neve
     assert run(clone)[1][:-1] == installs(clone, "", without=["torch==2.13.0"]) and (clone / ".venv" / "mine").exists()
 
 
-@pytest.mark.parametrize("has_uv", [True, False])
+@pytest.mark.parametrize("has_uv", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_venv_without_pip_stays_and_gets_what_it_lacks_from_uv_or_ensurepip(clone, has_uv):
     """As `uv venv` makes it, or an interrupted `python3 -m venv`: here with the user's PyTorch and modules."""
     active, venv = make_active_python(clone), make_python(clone / ".venv", ["torch", "mine"], "2.12.0+cu126", pip="")

@@ -40,6 +40,7 @@ def test_importing_prints_writes_and_starts_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_starts_often_imports_little():
     """The queue no NumPy; fetching, making data and comparing no PyTorch; status no package."""
     modules = "data.cached_fineweb10B, data.local_text, logs.compare, logs.run_log"
