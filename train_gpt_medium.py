@@ -820,7 +820,7 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
 
 
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
-    """Check shards and finished runs; return a new run's identity. Raises ValueError, also as MissingShardsError."""
+    """Check shards and finished runs; return a new run's identity. Raises ValueError or MissingShardsError."""
     step_tokens = hp.sequences_per_step * hp.train_seq_len
     data = checks.check_streams(config, hp.vocab_size, hp.eot_id, hp.train_files, step_tokens, hp.num_iterations,
                                 hp.val_files, hp.val_seq_len, hp.num_val_sequences)

@@ -316,13 +316,14 @@ def main(arguments: list[str]) -> int:
         os.chdir(ROOT)
         queue = None if options.check else Queue(options.notify)
         may_choose_scale = options.smoke or not configs
-        needed = overrides if configs else []  # the baseline needs none, and they can fit the smaller scale only
+        # Without a config and a scale, the options may fit scale tiny only: check them once it is chosen.
+        checked = overrides if configs or any(word.startswith("--scale=") for word in overrides) else []
         configs, note = configs or ["configs/baseline.toml"], ""
-        if may_choose_scale and not any(word.startswith("--scale=") for word in overrides):
-            first = describe(configs, needed)[0]
-            if first.device_kind == "CPU cores" and not first.configuration["scale"]:
-                overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
-        experiments = describe(configs, overrides)
+        experiments = describe(configs, checked)
+        if may_choose_scale and experiments[0].device_kind == "CPU cores" and not experiments[0].configuration["scale"]:
+            overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
+        if overrides != checked:
+            experiments = describe(configs, overrides)
         if may_choose_scale:
             say(f"run.sh: using {' '.join(configs)}{note}")
         if options.smoke:

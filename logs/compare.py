@@ -27,7 +27,7 @@ import numpy as np
 
 from logs import plot, run_statistics
 from logs.log_format import RUN_KEYS, differences
-from logs.results import Result, list_changes, read_configurations, validate_alike
+from logs.results import Result, list_changes, read_configurations
 from logs.run_log import plural, say
 from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, mean, record_test
 
@@ -124,7 +124,7 @@ def format_markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def describe_unfinished(comparison: Comparison, run: Result) -> str:
+def describe_unfinished(comparison: Comparison, name: str, run: Result) -> str:
     """Describe where a run diverged, or how far an unfinished run is."""
     curve, baseline = run.curve, comparison.curves[comparison.baseline]
     if run.diverged_at is not None:
@@ -132,7 +132,7 @@ def describe_unfinished(comparison: Comparison, run: Result) -> str:
     if not len(curve.steps) or not len(baseline.steps):
         return f"{run.path.name} is not finished"
     text = f"{run.path.name} is at step {curve.steps[-1]:.0f} of {run.num_iterations} with loss {curve.losses[-1]:.6f}"
-    if not validate_alike(run, comparison.runs[comparison.baseline][0]):
+    if name not in comparison.alike:
         return text
     there = np.interp(curve.steps[-1], baseline.steps, baseline.losses, right=np.nan)
     return f"{text}, {curve.losses[-1] - there:+.6f} relative to the baseline"
@@ -154,7 +154,7 @@ def remarks(comparison: Comparison) -> list[str]:
     """Report, a line each, what a reader of the curves would notice and what the tests leave out."""
     lines, baseline, keys = [], comparison.baseline, comparison.keys
     for name, runs in comparison.runs.items():
-        unfinished = [describe_unfinished(comparison, run) for run in runs if not run.finished]
+        unfinished = [describe_unfinished(comparison, name, run) for run in runs if not run.finished]
         rising = [run.path.name for run in comparison.finished[name] if (np.diff(run.curve.losses[-2:]) > 0).any()]
         if unfinished:
             lines.append(f"{name}: {'; '.join(unfinished)}.")
@@ -166,7 +166,7 @@ def remarks(comparison: Comparison) -> list[str]:
         if family.variance_p < 0.01:
             lines.append(f"Variances of {what} differ (Brown-Forsythe p {family.variance_p:.1g}); its p is rough.")
     finished = [name for name, own in comparison.finished.items() if own]
-    if others := [name for name in comparison.alike if name not in comparison.loss.samples]:
+    if others := [name for name in finished if name in comparison.alike and name not in comparison.loss.samples]:
         lines.append(f"Of another length, so compared in time only: {', '.join(others)}.")
     if others := [name for name in finished if name not in comparison.alike]:
         lines.append(f"Validated on other data or at another length, so not compared: {', '.join(others)}"
@@ -218,8 +218,8 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
         if not family.deviation:
             lines.append(f"No test of {what}: it needs two runs of a configuration that differ.")
         elif family.effects:
-            lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once"
-                         f"; deviation {family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
+            lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once; deviation "
+                         f"{family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
     if delta and comparison.loss.deviation:
         effect, tests = delta / comparison.loss.deviation, max(len(comparison.loss.effects), 1)
         alone, among = (run_statistics.runs_needed(effect, LEVEL / count) for count in (1, tests))

@@ -220,7 +220,7 @@ def count_cores() -> int:
 
 
 def check_machine(config: Path, device_type: str, seq_len: int) -> None:
-    """Raise ValueError if a CPU's dense masks of `seq_len` tokens would take over 16 GiB, or as `check_compiler`."""
+    """Raise ValueError if a GPU's machine lacks a C compiler, or a CPU's dense masks would take more than 16 GiB."""
     if device_type == "cuda":
         check_compiler()
     gib = 2 * 4 * seq_len**2 / 2**30  # two, in fp32

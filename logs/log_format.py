@@ -91,8 +91,10 @@ def read_header(log: Path) -> Header:
 
 @lru_cache(maxsize=32)
 def syntax(code: str) -> str:
-    """Return a text's syntax tree without docstrings, other bare constants and error messages, or the text if it does
-    not parse."""
+    """Return a text's syntax tree without docstrings, other bare constants and what it raises.
+
+    A text that does not parse is returned as it is.
+    """
     try:
         tree = ast.parse(code)
         for node in ast.walk(tree):

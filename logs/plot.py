@@ -151,7 +151,7 @@ def curves(comparison: Comparison, of_time: bool, low: float | None, high: float
             half = stats.t.isf(LEVEL / 2, dof) * error / np.sqrt(len(runs))
             axes.fill_between(x, y - half, y + half, color=color, alpha=0.2, linewidth=0)
         if line:
-            label = name if name in comparison.alike or not comparison.finished[name] else f"{name} (other validation)"
+            label = name if name in comparison.alike else f"{name} (other validation)"
             label += "" if reached.step is None else f"\n{target:g} at {reached[of_time]:.1f}"
             ends.append((y[-1], line, label))
     if not ends:

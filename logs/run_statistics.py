@@ -217,12 +217,12 @@ class Comparison:
         self.own_crossings = {n: [find_crossing(r.curve, target, slopes) for r in g] for n, g in self.finished.items()}
         # Losses are comparable between runs of one length; times to the target between all that validate alike.
         first = runs[baseline][0]
-        self.alike = [name for name, own in self.finished.items() if own and validate_alike(own[0], first)]
-        self.loss = Family({name: self.losses[name] for name in self.alike
+        self.alike = [name for name, group in runs.items() if validate_alike(group[0], first)]
+        finished = [name for name in self.alike if self.finished[name]]
+        self.loss = Family({name: self.losses[name] for name in finished
                             if runs[name][0].num_iterations == first.num_iterations}, baseline)
-        own_crossings = ((name, self.own_crossings[name]) for name in self.alike)
-        times = {name: np.array([crossing.seconds for crossing in own]) for name, own in own_crossings
-                 if all(crossing.mark != ">" for crossing in own)}
+        times = {name: np.array([crossing.seconds for crossing in self.own_crossings[name]]) for name in finished
+                 if all(crossing.mark != ">" for crossing in self.own_crossings[name])}
         self.time = Family(times, baseline)
 
     def effects(self, name: str) -> tuple[Effect, Effect]:
