@@ -23,8 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save needs no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 omits it
 try:
     import torch
 except ImportError:
@@ -34,8 +38,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH=1 omits it
 from configs import checks
 from configs.checks import NO_ATTENTION_LAYER, NUM_LAYERS, num_source_heads, read_entry
 from configs.config import check_log_dir, error_context, expand_path, key, load, parse_command_line, scale_path
@@ -121,35 +123,25 @@ class Hyperparameters:
 # where the same blocks make a dense mask.
 
 
-class VisibleBlocks(NamedTuple):
-    """The key blocks that each query block attends to: bool, (query blocks, key blocks)."""
-    partial: Tensor
-    full: Tensor
-
-
-def document_blocks(docs: Tensor) -> VisibleBlocks:
-    """Return the visible blocks without a window, from each token's document (T,)."""
-    first, last = docs.view(-1, BLOCK_SIZE)[:, 0], docs.view(-1, BLOCK_SIZE)[:, -1]
-    block = torch.arange(len(first), device=docs.device)
-    # Document numbers never fall, so one comparison decides for key blocks that do not follow the query block.
-    visible = (block <= block[:, None]) & (last >= first[:, None])
-    full = (block < block[:, None]) & (first == last[:, None])
-    return VisibleBlocks(visible & ~full, full)
-
-
 def count_to_row_end(blocks: Tensor) -> Tensor:
     """Count true entries of (query blocks, key blocks) from each column to its row's end: the nearest block gets 1."""
     return blocks.flip(1).cumsum(1).flip(1)
 
 
-def apply_window(blocks: VisibleBlocks, window: Tensor) -> VisibleBlocks:
-    """Keep the nearest window - 1 full blocks, then the nearest partial blocks that still fit, but at least one.
+def visible_blocks(docs: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the partial and the full key blocks of each query block, bool (query blocks, key blocks).
 
-    `window`, in blocks, is a 0-dimensional int32 tensor, so that a new value does not recompile anything.
+    `docs` (T,) is each token's document. The window keeps the nearest window - 1 full blocks, then the nearest partial
+    ones that still fit, but at least one. It is a 0-dimensional int32 tensor: a new value does not recompile anything.
     """
-    left_for_partial = (window - blocks.full.sum(1, keepdim=True)).clamp(min=1)
-    return VisibleBlocks(blocks.partial & (count_to_row_end(blocks.partial) <= left_for_partial),
-                         blocks.full & (count_to_row_end(blocks.full) <= window - 1))
+    first, last = docs.view(-1, BLOCK_SIZE)[:, 0], docs.view(-1, BLOCK_SIZE)[:, -1]
+    block = torch.arange(len(first), device=docs.device)
+    # Document numbers never fall, so one comparison decides for key blocks that do not follow the query block.
+    visible = (block <= block[:, None]) & (last >= first[:, None])
+    full = (block < block[:, None]) & (first == last[:, None])
+    partial = visible & ~full
+    left_for_partial = (window - full.sum(1, keepdim=True)).clamp(min=1)
+    return partial & (count_to_row_end(partial) <= left_for_partial), full & (count_to_row_end(full) <= window - 1)
 
 
 def dense_to_ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,22 +155,23 @@ def dense_to_ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return place[None, None, :, 0].int(), indices[None, None, :, 1:].contiguous()
 
 
-def flex_mask(blocks: VisibleBlocks, docs: Tensor) -> BlockMask:
+def flex_mask(docs: Tensor, window: Tensor) -> BlockMask:
     """Return the BlockMask of one sequence for all heads; the transposed lists serve the backward."""
 
     def document_causal(b, h, q_idx, kv_idx):
         return (q_idx >= kv_idx) & (docs[q_idx] == docs[kv_idx])
 
-    lists = {"kv": blocks.partial, "full_kv": blocks.full, "q": blocks.partial.T, "full_q": blocks.full.T}
+    partial, full = visible_blocks(docs, window)
     ordered = {}
-    for name, dense in lists.items():
-        ordered[f"{name}_num_blocks"], ordered[f"{name}_indices"] = dense_to_ordered(dense)
+    for name, blocks in {"kv": partial, "full_kv": full, "q": partial.T, "full_q": full.T}.items():
+        ordered[f"{name}_num_blocks"], ordered[f"{name}_indices"] = dense_to_ordered(blocks)
     return BlockMask((len(docs), len(docs)), **ordered, BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE), mask_mod=document_causal)
 
 
-def dense_mask(blocks: VisibleBlocks, docs: Tensor) -> Tensor:
+def dense_mask(docs: Tensor, window: Tensor) -> Tensor:
     """Return the same mask as (T, T) fp32 to add to the scores: 0 where a query attends to a key, else -inf."""
-    partial, full = (x.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1) for x in blocks)
+    partial, full = (blocks.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)
+                     for blocks in visible_blocks(docs, window))
     visible = full | partial & (docs[:, None] == docs).tril()
     return torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
 
@@ -186,9 +179,8 @@ def dense_mask(blocks: VisibleBlocks, docs: Tensor) -> Tensor:
 def attention_masks(tokens: Tensor, eot_id: int, window: Tensor) -> tuple[Mask, Mask]:
     """Return the long-window and the short-window layers' masks for tokens (T,)."""
     docs = (tokens == eot_id).cumsum(0)  # (T,) the number of each document, which the end-of-text token starts
-    blocks = document_blocks(docs)
     make_mask = flex_mask if tokens.device.type == "cuda" else dense_mask
-    return make_mask(apply_window(blocks, window), docs), make_mask(apply_window(blocks, window // 2), docs)
+    return make_mask(docs, window), make_mask(docs, window // 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -224,12 +216,11 @@ class Share(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # None for a copy that nothing reads
         return tuple(x.view_as(x) for _ in range(count))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
-        return Share.sum_gradients(*(grad for grad in grads if grad is not None)), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return Share.sum_gradients(*grads), None
 
 
 class ReluSquared(torch.autograd.Function):
@@ -275,7 +266,6 @@ class Rotary(nn.Module):
 class TokenTable(nn.Embedding):
     """Read a row for each token; weight (V, 128 * heads)."""
     has_rows = False  # whether an entry of the map may set `rows`
-    reads_x0 = False  # whether `forward` uses x0
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(hp.vocab_size, HEAD_DIM * heads, _weight=torch.empty(hp.vocab_size, HEAD_DIM * heads))
@@ -291,7 +281,6 @@ class TokenTable(nn.Embedding):
 class BigramTable(nn.Embedding):
     """Read a row for each hashed pair of tokens (modded-nanogpt's pull request 201); weight (rows, 128 * heads)."""
     has_rows = True
-    reads_x0 = False
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__(rows, HEAD_DIM * heads, _weight=torch.empty(rows, HEAD_DIM * heads))
@@ -310,7 +299,6 @@ class BigramTable(nn.Embedding):
 class EmbeddingMap(nn.Module):
     """Map x0 to values, normed per head (value residual learning, https://arxiv.org/abs/2410.17897)."""
     has_rows = False
-    reads_x0 = True
 
     def __init__(self, hp: Hyperparameters, heads: int, rows: int):
         super().__init__()
@@ -327,11 +315,12 @@ SOURCES = {"token": TokenTable, "bigram": BigramTable, "embedding": EmbeddingMap
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, model_dim: int, num_heads: int, is_gated: bool, has_own_values: bool = True):
+    def __init__(self, hp: Hyperparameters, layer: int, has_sources: bool):
         super().__init__()
-        self.num_heads, self.has_own_values = num_heads, has_own_values
-        self.qkvo_w = nn.Parameter(torch.zeros(4, model_dim, model_dim))  # query, key, value, output: (4, d, d)
-        self.ve_gate_w = nn.Parameter(torch.zeros(num_heads, GATE_DIM)) if is_gated else None  # (heads, 16)
+        self.num_heads, self.has_own_values = hp.num_heads, layer not in hp.value_embeddings_only
+        is_gated = hp.value_embedding_gate and has_sources
+        self.qkvo_w = nn.Parameter(torch.zeros(4, hp.model_dim, hp.model_dim))  # query, key, value, output: (4, d, d)
+        self.ve_gate_w = nn.Parameter(torch.zeros(hp.num_heads, GATE_DIM)) if is_gated else None  # (heads, 16)
 
     def reset_parameters(self) -> None:
         init_(self.qkvo_w[:3])
@@ -370,11 +359,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, layer: int, model_dim: int, num_heads: int, is_gated: bool, has_own_values: bool):
+    def __init__(self, hp: Hyperparameters, layer: int, has_sources: bool):
         super().__init__()
-        attn = model_dim, num_heads, is_gated, has_own_values
-        self.attn = CausalSelfAttention(*attn) if layer != NO_ATTENTION_LAYER else None
-        self.mlp = MLP(model_dim)
+        self.attn = CausalSelfAttention(hp, layer, has_sources) if layer != NO_ATTENTION_LAYER else None
+        self.mlp = MLP(hp.model_dim)
 
     def forward(self, x: Tensor, x0: Tensor, skip: Tensor | None, ve: list[Tensor], skip_weight: Tensor | None,
                 block_lambdas: Tensor, sa_lambdas: Tensor, mask: Mask, rotary: Rotary) -> Tensor:
@@ -408,10 +396,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(
             SOURCES[source.source](hp, num_source_heads(source, hp.num_heads, hp.scale),
                                    source.rows or 5 * padded_vocab_size) for source in sources)
-        self.blocks = nn.ModuleList(
-            Block(layer, hp.model_dim, hp.num_heads, is_gated=hp.value_embedding_gate and bool(used),
-                  has_own_values=layer not in hp.value_embeddings_only)
-            for layer, used in enumerate(self.sources_by_layer))
+        self.blocks = nn.ModuleList(Block(hp, layer, bool(used)) for layer, used in enumerate(self.sources_by_layer))
         self.attention_masks = attention_masks  # an attribute, so that compile_parts can replace it
         self.rotary = Rotary(max(hp.train_seq_len, hp.val_seq_len))
         self.lm_head_w = nn.Parameter(torch.zeros(padded_vocab_size, hp.model_dim))  # (padded V, d)
@@ -439,9 +424,9 @@ class GPT(nn.Module):
         sa_lambdas = [torch.cat([pair, more]) if len(more) else pair
                       for pair, more in zip(sa_lambdas.view(L, 2).unbind(), extra)]
         long_mask, short_mask = self.attention_masks(tokens, self.eot_id, window)
-        x, *x0 = Share.apply(norm(self.embed(tokens)), 1 + L + len(self.value_embeds))
+        x, *x0 = Share.apply(norm(self.embed(tokens)), 1 + L)
         # Value embeddings enter here: each source is read once, and every layer that uses it gets the same values.
-        ve = [source(tokens, x0_copy) for source, x0_copy in zip(self.value_embeds, x0[L:])]  # (T, 128 * heads) each
+        ve = [source(tokens, x) for source in self.value_embeds]  # (T, 128 * heads) each
         skips: dict[int, Tensor] = {}  # outputs that a later layer adds; keeping all would fill a validation's memory
         for i, block in enumerate(self.blocks):
             skip, skip_weight = (skips[SKIPS[i]], skip_weights[SKIPS[i]]) if i in SKIPS else (None, None)
@@ -466,9 +451,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False, fullgraph=True)
         Share.sum_gradients = torch.compile(sum_tensors, dynamic=False)
-        num_readers = 1 + NUM_LAYERS + sum(source.reads_x0 for source in self.value_embeds)
         with torch.no_grad():  # this call compiles it: the backward's thread would not know the compiler's options
-            Share.sum_gradients(*self.embed.weight.new_empty(num_readers, seq_len, self.embed.embedding_dim))
+            Share.sum_gradients(*self.embed.weight.new_empty(1 + NUM_LAYERS, seq_len, self.embed.embedding_dim))
         self.attention_masks = torch.compile(attention_masks, dynamic=False, fullgraph=True)
         self.loss = torch.compile(self.loss, dynamic=False, fullgraph=True)
 
@@ -568,18 +552,16 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> tuple[list[dict], list[
              "blocks.*.attn.ve_gate_w": dict(lr=0.008), "scalars": dict(lr=0.015)}
     muon = {"blocks.*.attn.qkvo_w": dict(weight_decay=0.01), "blocks.*.mlp.fc_w": dict(weight_decay=0.02),
             "blocks.*.mlp.proj_w": dict(weight_decay=0.02), "value_embeds.*.proj_w": dict(weight_decay=0.01)}
-    groups = {pattern: dict(options, name=pattern, params=[]) for pattern, options in (adamw | muon).items()}
+    groups = {pattern: dict(options, name=pattern, params=[], initial_lr=options.get("lr", MUON_LR))
+              for pattern, options in (adamw | muon).items()}
     for name, p in model.named_parameters():
         matching = [pattern for pattern in groups if fnmatchcase(name, pattern)]
         if len(matching) != 1:
             raise ValueError(f"parameter {name} is in {len(matching)} groups of parameter_groups; name it in one")
         groups[matching[0]]["params"].append(p)
-    adamw_groups = [groups[name] for name in adamw]
     muon_groups = [groups[name] | dict(params=[p for p in groups[name]["params"] if p.shape == shape])
                    for name in muon for shape in dict.fromkeys(p.shape for p in groups[name]["params"])]
-    for group in adamw_groups + muon_groups:
-        group["initial_lr"] = group.get("lr", MUON_LR)
-    return adamw_groups, muon_groups
+    return [groups[name] for name in adamw], muon_groups
 
 
 def make_optimizers(model: GPT, hp: Hyperparameters, rank: int, world_size: int) -> tuple[torch.optim.AdamW, Muon]:
@@ -822,12 +804,12 @@ def check_run(hp: Hyperparameters, config: Path, world_size: int) -> str:
 def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str, Any]:
     """Check shards and finished runs; return a new run's identity. Raises ValueError or MissingShardsError."""
     step_tokens = hp.sequences_per_step * hp.train_seq_len
-    data = checks.check_streams(config, hp.vocab_size, hp.eot_id, hp.train_files, step_tokens, hp.num_iterations,
-                                hp.val_files, hp.val_seq_len, hp.num_val_sequences)
-    identity = asdict(hp) | data | {"device": device_type, "code": program_text()}
-    if hp.init_from:
-        identity["init_sha256"] = hashlib.sha256(Path(hp.init_from).read_bytes()).hexdigest()[:16]
     with error_context(str(config)):
+        data = checks.check_streams(hp.vocab_size, hp.eot_id, hp.train_files, step_tokens, hp.num_iterations,
+                                    hp.val_files, hp.val_seq_len, hp.num_val_sequences)
+        identity = asdict(hp) | data | {"device": device_type, "code": program_text()}
+        if hp.init_from:
+            identity["init_sha256"] = hashlib.sha256(Path(hp.init_from).read_bytes()).hexdigest()[:16]
         run_log.check_finished_runs(run_log.log_path(hp.log_dir, hp.scale, config, 0).parent, identity)
     return identity
 
@@ -835,8 +817,8 @@ def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str,
 def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
     """Check a config and return what configs/run_queue.py needs.
 
-    "fetch" is the command for missing data, or []. "refusal" says why this machine cannot train it, and "data_fault"
-    why its data or its finished runs forbid it; they are "" if nothing does.
+    "refusal" says why this machine cannot train it, and "data_fault" why its data or its finished runs forbid it; they
+    are "" if nothing does. "fetch" is the command that gets missing data, or [].
     """
     hp, (devices, device_kind) = load(Hyperparameters, config, overrides), distributed.count_devices()
     drawing, device_type = check_run(hp, config, world_size=1), "cuda" if device_kind == "GPUs" else "cpu"
@@ -848,8 +830,7 @@ def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
     try:
         drawing += checks.warn_of_documents(check_data(hp, config, device_type)["val_documents"])
     except ValueError as error:
-        fetch = getattr(error, "command", [])
-        data_fault = "" if fetch else str(error)
+        fetch, data_fault = getattr(error, "command", []), str(error)
     log_folder = run_log.log_path(hp.log_dir, hp.scale, config, 0).parent
     files = [str(config), *([str(scale_path(hp.scale))] if hp.scale else [])]
     world_sizes = checks.valid_world_sizes(hp.sequences_per_step, hp.num_val_sequences)
@@ -888,6 +869,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before there is anything to save needs no traceback
     sys.exit(main(sys.argv[1:]))

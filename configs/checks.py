@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections import Counter
-from pathlib import Path
 from string import ascii_letters
 from typing import Any, NamedTuple
 
@@ -121,7 +120,7 @@ def draw_map(entries: list, only: list[int], num_heads: int, scale: str) -> str:
     """Draw the layers from first to last, a column per source: its letter where a layer uses it, | between its uses."""
     sources = [read_entry(entry) for entry in entries]
     letters: dict[str, str] = {}
-    for kind in (source.source for source in sources if source.source not in letters):
+    for kind in dict.fromkeys(source.source for source in sources):
         free = (c for c in kind + ascii_letters if c not in ("o", *letters.values()))
         letters[kind] = "o" if kind == "token" else next(free)
     noun, legend = "table", ""
@@ -193,24 +192,24 @@ def check_world_size(world_size: int, sequences_per_step: int, num_val_sequences
                              f"start {valid} ranks (torchrun --nproc_per_node), or change the key")
 
 
-def check_streams(config: Path, vocab_size: int, end_of_text: int, train_files: str, step_tokens: int,
-                  num_iterations: int, val_files: str, val_seq_len: int, num_val_sequences: int) -> dict[str, Any]:
+def check_streams(vocab_size: int, end_of_text: int, train_files: str, step_tokens: int, num_iterations: int,
+                  val_files: str, val_seq_len: int, num_val_sequences: int) -> dict[str, Any]:
     """Check the training and validation shards; return their fingerprints as `train_data` and `val_data`, and
     `val_documents`, the number of documents that start in a validation's tokens.
 
     Raises MissingShardsError, with the command that fetches the data if there is one, or ValueError.
     """
     if end_of_text >= vocab_size:
-        raise ValueError(f"{config}: end_of_text: {end_of_text} is not a token id; use at most {vocab_size - 1}")
+        raise ValueError(f"end_of_text: {end_of_text} is not a token id; use at most {vocab_size - 1}")
     fingerprints, fineweb_shards = {}, num_shards_needed(num_iterations, step_tokens)
     for name, files, batch_tokens, count, purpose in (
         ("train", train_files, step_tokens, num_iterations, f"num_iterations = {num_iterations}"),
         ("val", val_files, val_seq_len, num_val_sequences, f"val_tokens = {num_val_sequences * val_seq_len}"),
     ):
-        with error_context(f"{config}: {name}_files"):
+        with error_context(f"{name}_files"):
             shards = check_stream(files, vocab_size, end_of_text, batch_tokens, count, purpose, fineweb_shards)
             fingerprints[f"{name}_data"] = fingerprint(shards, batch_tokens, count)
     val_documents = count_documents(shards, val_seq_len, num_val_sequences, end_of_text)
     if shared := [shard[0] for shard in fingerprints["val_data"] if shard in fingerprints["train_data"]]:
-        raise ValueError(f"{config}: val_files: {shared[0]} is training data too; validate on other shards")
+        raise ValueError(f"val_files: {shared[0]} is training data too; validate on other shards")
     return fingerprints | {"val_documents": val_documents}

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,21 +47,19 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     numbers = parser.add_mutually_exclusive_group()
     numbers.add_argument("-n", type=int, default=1)
     numbers.add_argument("--run_id", type=int, default=0)
+    numbers.add_argument("--smoke", action="store_true")  # once each
     parser.add_argument("--notify", default="")
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--check", action="store_true")
-    modes.add_argument("--smoke", action="store_true")
+    parser.add_argument("--check", action="store_true")
     options, words = parser.parse_known_args(arguments)
     if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
         raise ValueError("-n takes the number of runs, 1 to 999, and --run_id the number of a run, 0 to 999")
-    if options.smoke and (options.n, options.run_id) != (1, 0):
-        raise ValueError("--smoke trains each config once; omit -n and --run_id")
     with error_context("--notify"):
         options.notify = shlex.split(options.notify)
     wrong = [word for word in words if re.match(r"-[^-.\d]|--json", word)]
     wrong += [word for word in options.notify[:1] if not shutil.which(word)]
     if wrong:
         raise ValueError(f"{wrong[0]}: no such option or command; quote COMMAND, as in --notify 'mail -s done me'")
+    options.notify[:1] = [os.path.abspath(shutil.which(word)) for word in options.notify[:1]]  # as seen from here
     configs, overrides, rest = [], [], iter(words)
     for word in rest:
         if word.startswith("--"):
@@ -73,18 +70,14 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
 
 
 def describe(configs: list[str], overrides: list[str]) -> list[SimpleNamespace]:
-    """Have the training script check and describe the configs. Exits with status 2 if it has printed an error."""
+    """Have the training script check and describe the configs. Exits if it has printed an error or got a Ctrl-C."""
     command = [sys.executable, PROGRAM, "--check", "--json", *configs, *overrides]
     check = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if status := check.returncode:
-        raise SystemExit(2) if status == 2 else ValueError(f"{PROGRAM} --check failed ({status}); see the lines above")
+    if check.returncode in (2, -signal.SIGINT):
+        raise SystemExit(2 if check.returncode == 2 else 128 + signal.SIGINT)
+    if check.returncode:
+        raise ValueError(f"{PROGRAM} --check failed ({check.returncode}); see the lines above")
     return [SimpleNamespace(**values) for values in json.loads(check.stdout)]
-
-
-def raise_first(faults: Iterable[str]) -> None:
-    """Raise ValueError with the first fault that is not ""."""
-    for fault in filter(None, faults):
-        raise ValueError(fault)
 
 
 def check_runs(experiments: list[SimpleNamespace], num_runs: int) -> None:
@@ -100,23 +93,21 @@ def check_runs(experiments: list[SimpleNamespace], num_runs: int) -> None:
             raise ValueError(f"{e.config}: seed: all {num_runs} runs would be equal; omit the key, or omit -n")
 
 
-def fetch_data(experiments: list[SimpleNamespace], overrides: list[str], only_check: bool) -> list[SimpleNamespace]:
+def fetch_data(experiments: list[SimpleNamespace], overrides: list[str]) -> list[SimpleNamespace]:
     """Run the commands that fetch missing data, each once; describe the configs anew.
 
     Raises ValueError if one fails, or if data or finished runs forbid an experiment.
     """
     tried = []
-    raise_first(e.data_fault for e in experiments)
-    while missing := [e for e in experiments if e.fetch]:
-        e, command = missing[0], shlex.join([sys.executable, *missing[0].fetch])
-        if only_check or e.fetch in tried:
-            raise ValueError(f"{e.config}: data is missing; fetch it with: {command}")
-        tried.append(e.fetch)
-        say(f"run.sh: {command}")
-        if subprocess.call([sys.executable, *e.fetch], preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
-            raise ValueError(f"{command} failed; see the lines above")
+    while faulty := [e for e in experiments if e.data_fault]:
+        if hopeless := [e.data_fault for e in faulty if not e.fetch or e.fetch in tried]:
+            raise ValueError(hopeless[0])
+        tried.append(faulty[0].fetch)
+        command = [sys.executable, *faulty[0].fetch]
+        say(f"run.sh: {shlex.join(command)}")
+        if subprocess.call(command, preexec_fn=lambda: run_log.end_with_parent(signal.SIGTERM)):
+            raise ValueError(f"{shlex.join(command)} failed; see the lines above")
         experiments = describe([e.config for e in experiments], overrides)
-        raise_first(e.data_fault for e in experiments)
     return experiments
 
 
@@ -150,6 +141,8 @@ def lock(path: Path, operation: int) -> int:
             where, fix = ("", f": kill {pid}") if is_here else (" of another container or boot", " there")
             raise ValueError(f"process {pid}{where} is already running a queue on {path.stem[len('.queue.'):]}, since "
                              f"{state.get('started')}; wait until it ends (./run.sh status), or stop it{fix}")
+        if attempt == 10 and not pid:
+            raise ValueError(f"another queue holds {path} and could not write to it; wait until that queue ends")
         if attempt == 10:  # a killed queue leaves the lock to its run's torchrun, which is stopping
             say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
         time.sleep(0.1)
@@ -169,7 +162,7 @@ class Queue:
         self.file = lock(path, fcntl.LOCK_EX)
         self.write_state(pid=os.getpid(), identity=status.identify(os.getpid()), started=run_log.here_and_now(),
                          gpus=gpus)
-        for other in set(status.FOLDER.glob(f".queue.{host}.*json")) - {path}:
+        for other in {path.with_name(f".queue.{host}.json"), *path.parent.glob(f".queue.{host}.gpu*.json")} - {path}:
             theirs = status.read_state(other).get("gpus")  # if not written yet, that queue will find this one
             if theirs and all("" in a + b or set(a) & set(b) for a, b in zip(gpus, theirs)):
                 os.close(lock(other, fcntl.LOCK_SH))
@@ -315,31 +308,29 @@ def main(arguments: list[str]) -> int:
         options, configs, overrides = parse_options(arguments)
         os.chdir(ROOT)
         queue = None if options.check else Queue(options.notify)
-        may_choose_scale = options.smoke or not configs
-        # Without a config and a scale, the options may fit scale tiny only: check them once it is chosen.
-        checked = overrides if configs or any(word.startswith("--scale=") for word in overrides) else []
-        configs, note = configs or ["configs/baseline.toml"], ""
-        experiments = describe(configs, checked)
-        if may_choose_scale and experiments[0].device_kind == "CPU cores" and not experiments[0].configuration["scale"]:
-            overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
-        if overrides != checked:
-            experiments = describe(configs, overrides)
-        if may_choose_scale:
+        if options.smoke or not configs:
+            configs, note = configs or ["configs/baseline.toml"], ""
+            # The other options may fit scale tiny only: check them once it is chosen.
+            first = describe(configs[:1], [word for word in overrides if word.startswith("--scale=")])[0]
+            if first.device_kind == "CPU cores" and not first.configuration["scale"]:
+                overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
             say(f"run.sh: using {' '.join(configs)}{note}")
-        if options.smoke:
-            raise_first(e.refusal for e in experiments)
-            queue.collect_signals()
-            return queue.smoke_test(experiments, overrides)
+        experiments = describe(configs, overrides)
         check_runs(experiments, options.n)
-        for e in experiments if options.check else []:
-            ranks = e.refusal or f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}"
-            say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n{ranks}")
-        if queue:
-            raise_first(e.refusal for e in experiments)
-        experiments = fetch_data(experiments, overrides, only_check=options.check)
-        if queue is None:
+        if options.check:
+            for e in experiments:
+                ranks = e.refusal or f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}"
+                say(f"{e.config}: {e.configuration['description']}\n{e.drawing}\nlogs: {e.log_folder}\n{ranks}")
+            if faults := [e.data_fault for e in experiments if e.data_fault]:
+                raise ValueError(faults[0])
             say(f"run.sh: {run_log.plural(len(experiments), 'config')} checked, with the data")
             return 0
+        if refusals := [e.refusal for e in experiments if e.refusal]:
+            raise ValueError(refusals[0])
+        if options.smoke:
+            queue.collect_signals()
+            return queue.smoke_test(experiments, overrides)
+        experiments = fetch_data(experiments, overrides)
         queue.collect_signals()
         queue.train(experiments, range(options.run_id, options.run_id + options.n), overrides)
         return queue.summarize()

@@ -51,7 +51,7 @@ def check(words):
             device_kind=os.environ.get("KIND", "CPU cores"), configuration=configuration,
             drawing=f"map of {Path(config).stem}", fetch=fetch or [],
             refusal=f"{config}: too large for a CPU" * bool(is_large),
-            data_fault=f"{config}: no shards" if fetch == [] else ""))
+            data_fault="" if fetch is None else f"{config}: no shards"))
     print(json.dumps(experiments))
 
 

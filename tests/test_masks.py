@@ -49,10 +49,10 @@ def test_the_long_and_the_short_mask_follow_the_rule(documents, window):
 
 
 def test_lists_for_flex_attention_name_each_block_once():
-    """By queries and, for the backward, by keys; what stands behind a row's count is not read."""
+    """By queries and, for the backward, by keys."""
     docs = (tokens_with("short ones and a long one") == EOT_ID).cumsum(0)
-    visible = train.apply_window(train.document_blocks(docs), torch.tensor(4, dtype=torch.int32))
-    for blocks in (*visible, visible.partial.T, visible.full.T):
+    partial, full = train.visible_blocks(docs, torch.tensor(4, dtype=torch.int32))
+    for blocks in (partial, full, partial.T, full.T):
         counts, lists = train.dense_to_ordered(blocks)
         assert counts.shape == (1, 1, 8) and lists.shape == (1, 1, 8, 8)
         for row, count, columns in zip(blocks, counts[0, 0], lists[0, 0]):
@@ -62,7 +62,7 @@ def test_lists_for_flex_attention_name_each_block_once():
 def flex_attend(q, k, v, tokens, window):
     """Make the BlockMask of a window and attend under it: one compiled program, as on CUDA."""
     docs = (tokens == EOT_ID).cumsum(0)
-    return train.attend(q, k, v, train.flex_mask(train.apply_window(train.document_blocks(docs), window), docs))
+    return train.attend(q, k, v, train.flex_mask(docs, window))
 
 
 @pytest.mark.slow

@@ -193,14 +193,16 @@ def test_attention_against_the_formulas(is_extended):
     """A layer's attention, head by head and in float64, as the reference writes it."""
     torch.manual_seed(0)
     T, heads, d = 256, 2, 256
-    attn = train.CausalSelfAttention(d, heads, is_gated=is_extended, has_own_values=not is_extended)
+    hp = train.Hyperparameters(model_dim=d, num_heads=heads, value_embedding_gate=is_extended,
+                               value_embeddings_only=[0] * is_extended)
+    attn = train.CausalSelfAttention(hp, layer=0, has_sources=True)
     torch.nn.init.normal_(attn.qkvo_w, std=0.05)
     x, ve, lambdas = torch.randn(T, d), [torch.randn(T, d)], torch.tensor([0.6, 0.3])
     if is_extended:
         torch.nn.init.normal_(attn.ve_gate_w)
         ve, lambdas = [*ve, torch.randn(T, 128)], torch.tensor([0.6, 0.3, -0.7])
     docs = torch.zeros(T, dtype=torch.long)
-    mask = train.dense_mask(train.document_blocks(docs), docs)
+    mask = train.dense_mask(docs, torch.tensor(3))
     rotary = train.Rotary(T)
     rotary.reset_parameters()
     actual = attn(x, ve, lambdas, mask, rotary)

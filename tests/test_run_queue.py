@@ -1,5 +1,6 @@
 """configs/run_queue.py, in a checkout whose training program takes milliseconds (fake_training.py)."""
 
+import fcntl
 import json
 import os
 import re
@@ -91,14 +92,13 @@ def started(folder, key="log"):
 def test_run_0_of_all_configs_comes_before_run_1_of_any_and_the_end_is_projected(folder):
     """The projection uses this queue's runs, or finished logs."""
     result, line = run(folder, "-n", 2, one={}, two={}), r"run (\d) of \d: .*(\w{3}/\d+.txt); projected end (un|20)"
-    assert result.status == 0 and result.err == ""
+    assert result.status == 0 and result.err == "" and "run.sh: 4 finished, 0 diverged, 0 failed\n" in result.out
     assert started(folder) == ["one/000.txt", "two/000.txt", "one/001.txt", "two/001.txt"]
     assert re.findall(line, result.out) == list(zip("1234", started(folder), ["un", "20", "20", "20"]))
     assert [found[2] for found in re.findall(line, run(folder, "-n", 3, one={}, two={}).out)] == ["20", "20"]
 
 
 @pytest.mark.parametrize("how, why", [
-    ("finish", ""),
     ("diverge", "diverged at step 2: the validation loss is nan"),
     ("fail", "failed: No space left on device"),
     alike("refuse", "failed: its checkpoint is damaged"),
@@ -112,10 +112,10 @@ def test_a_failed_run_does_not_stop_the_others_and_only_it_is_rerun(folder, how,
     first, second = (run(folder, one=dict(how=how), two={}) for _ in range(2))
     assert started(folder) == ["one/000.txt", "two/000.txt", *(["one/000.txt"] if failed else [])]
     for result, runs in ((first, 2), (second, failed)):
-        counts = f"{1 + (not why)} finished, {how == 'diverge':d} diverged, {failed:d} failed"
-        assert f"run.sh: {counts}{STATUS * bool(why)}{RERUN * failed}\n" in result.out and result.status == failed
+        counts = f"1 finished, {how == 'diverge':d} diverged, {failed:d} failed"
+        assert f"run.sh: {counts}{STATUS}{RERUN * failed}\n" in result.out and result.status == failed
         assert result.err.splitlines() == ["a warning"] * (how == "refuse") + [
-            f"run.sh: run 1 of {runs:d}: logs/one/000.txt: {why}"] * bool(why and runs)
+            f"run.sh: run 1 of {runs:d}: logs/one/000.txt: {why}"] * bool(runs)
     assert "the last line of a run" in first.out
     assert failed == ("2 runs already finished; for more raise -n" not in second.out)
     assert time.time() - began < 45  # the process that lives on would take 60
@@ -138,8 +138,9 @@ def test_a_run_whose_config_or_code_was_edited_after_the_queue_started_is_not_st
 
 
 def test_the_reason_is_not_that_of_an_earlier_attempt(folder):
-    for how, why in (("fail", "No space left on device"), ("refuse", "its checkpoint is damaged")):
-        assert f"failed: {why}" in run(folder, one=dict(how=how)).err
+    (folder / "logs/one").mkdir()
+    (folder / "logs/one/000.txt").write_text("ended: then and there: No space left on device\n")
+    assert "failed: its checkpoint is damaged" in run(folder, one=dict(how="refuse")).err
 
 
 @pytest.mark.parametrize("kind, given, threads", [
@@ -156,20 +157,17 @@ def test_ranks_share_the_cores_and_have_time_for_a_checkpoint(folder, monkeypatc
                                             "--signals-to-handle=SIGINT,SIGHUP", "--nproc_per_node=2"]]
 
 
-@pytest.mark.parametrize("arguments, logs", [
-    (["-n", "2", "one.toml", "--num_iterations", "7"], ["one/000.txt", "one/001.txt"]),
-    (["--num_iterations=7", "--run_id=7", "one.toml"], ["one/007.txt"]),
-])
-def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(folder, arguments, logs):
+def test_options_are_taken_anywhere_and_configs_from_where_the_user_is(folder):
     (folder / "elsewhere").mkdir()
     write_configs(folder / "elsewhere", one={})
-    result = run(folder, *arguments, options=dict(cwd=folder / "elsewhere"))
-    assert result.status == 0 and started(folder) == logs, result.err
-    assert all("--num_iterations=7" in options for options in started(folder, "options"))
+    words = "--num_iterations=7", "--run_id=7", "one.toml", "--val_tokens", "1"
+    result = run(folder, *words, options=dict(cwd=folder / "elsewhere"))
+    assert result.status == 0 and started(folder) == ["one/007.txt"], result.err
+    assert started(folder, "options") == [["--num_iterations=7", "--val_tokens=1", "--run_id=7"]]
 
 
 @pytest.mark.parametrize("kind, words, options", [
-    ("CPU cores", [], ["--scale=tiny"]), ("GPUs", [], []),
+    ("GPUs", [], []),
     alike("CPU cores", ["--scale", "small"], ["--scale=small"]),
     ("CPU cores", ["--val_tokens", "1"], ["--val_tokens=1", "--scale=tiny"]),  # too few for the published size
 ])
@@ -192,7 +190,7 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
     assert result.status == 0 and re.search("logs: logs/one\n.*one.toml: too large for a CPU\n", result.out)
     result = run(folder, "--check", one={}, two=dict(fetch=MAKE_SHARD))
     assert result.status == 2 and "map of two" in result.out
-    assert f"two.toml: data is missing; fetch it with: {sys.executable} -c" in result.err
+    assert "two.toml: no shards" in result.err
     assert sorted(folder.rglob("*")) == sorted([*before, folder / "one.toml", folder / "two.toml"])
 
 
@@ -210,7 +208,7 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
     alike(["--notify", "sh", "-s", "done"], "-s: no such option or command; quote COMMAND"),
     alike(["--notify", "'"], "--notify: No closing quotation"), alike(["--json"], "--json: no such option or command"),
     (["wrong.toml"], "train_gpt_medium.py: wrong.toml: a mistake"), (["large.toml"], "large.toml: too large for a CPU"),
-    (["--smoke", "-n", "2"], "--smoke trains each config once; omit -n and --run_id"),
+    (["--smoke", "-n", "2"], "argument -n: not allowed with argument --smoke"),
 ])
 def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment):
     write_configs(folder, seeded=dict(seed=5), numbered=dict(run_id=3), wrong=dict(how="mistake"),
@@ -222,7 +220,7 @@ def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment)
 
 @pytest.mark.parametrize("command, other, last_line, made", [
     (MAKE_SHARD[1], {}, "", "shard"),
-    alike("open('tried', 'a').write('x')", {}, ".*one.toml: data is missing; fetch it with: .* -c .*", "tried x"),
+    alike("open('tried', 'a').write('x')", {}, ".*one.toml: no shards", "tried x"),
     ("raise SystemExit(1)", {}, ".*failed; see the lines above", ""),
     alike("open('crash', 'x')", {}, "run.sh: train_gpt_medium.py --check failed \\(1\\); see the lines above", "crash"),
     (MAKE_SHARD[1], dict(two=dict(fetch=[])), ".*two.toml: no shards", ""),  # another lacks what no command gets
@@ -236,7 +234,7 @@ def test_missing_data_is_fetched_once_unless_other_data_cannot_be(folder, comman
 
 
 @pytest.mark.parametrize("ignored, sent, end", [
-    ([], [signal.SIGINT], SAVED), ([], [signal.SIGTERM], SAVED), alike([], [signal.SIGHUP], SAVED),
+    alike([], [signal.SIGINT], SAVED), ([], [signal.SIGTERM], SAVED), alike([], [signal.SIGHUP], SAVED),
     ([], [signal.SIGINT, signal.SIGINT], "at once"),
     alike([], [signal.SIGHUP, signal.SIGHUP], SAVED),  # a terminal that is closed may send it twice
     alike([signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM], SAVED),  # under nohup a closed terminal changes nothing
@@ -324,10 +322,23 @@ def test_where_the_state_cannot_be_written_the_error_is_one_line(folder):
     assert result.status == 2 and len(result.err.splitlines()) == 1 and "make its file writable" in result.err
 
 
+def test_a_queue_that_could_not_write_its_state_is_named(folder):
+    path = folder / f"logs/.queue.{os.uname().nodename}.json"
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = run(folder, one={})
+    assert (result.status, result.err) == (
+        2, f"run.sh: another queue holds {path} and could not write to it; wait until that queue ends\n")
+
+
 def test_notify_gets_the_line_of_each_run_and_of_the_end(folder):
-    script, lines = folder / "notify.sh", folder / "lines"
-    script.write_text(f'echo "$1|$2" >> "{lines}"; echo noise; echo noise >&2; exit 1')
-    result = run(folder, "--notify", f"sh '{script}' 'a word'", one={}, two=dict(how="fail"))
+    """A relative path is seen from where the user is."""
+    (folder / "elsewhere").mkdir()
+    script, lines = folder / "elsewhere/notify.sh", folder / "lines"
+    script.write_text(f'#!/bin/sh\necho "$1|$2" >> "{lines}"; echo noise; echo noise >&2; exit 1')
+    script.chmod(0o755)
+    result = run(folder, "--notify", "./notify.sh 'a word'", options=dict(cwd=script.parent), one={},
+                 two=dict(how="fail"))
     assert lines.read_text().splitlines() == [
         "a word|run 1 of 2: logs/one/000.txt: finished, "
         "step:4/4 val_loss:2.919300 train_time:8000ms step_avg:2000.00ms",
