@@ -26,7 +26,7 @@ for package in ("numpy", "scipy", "matplotlib"):
 import numpy as np
 
 from logs import plot, run_statistics
-from logs.log_format import RUN_KEYS, differences
+from logs.log_format import RUN_KEYS, differences, syntax
 from logs.results import Result, list_changes, read_configurations
 from logs.run_log import plural, say
 from logs.run_statistics import LEVEL, Comparison, Effect, Ranking, deviation, mean, record_test
@@ -61,24 +61,34 @@ def summarize(comparison: Comparison, name: str) -> dict[str, Any]:
         versus_baseline=None if name == comparison.baseline else versus, single_runs=single)
 
 
-def list_verdicts(effects: dict[str, Effect]) -> str:
-    """List the configurations by verdict, the largest changes first."""
+def list_names(names: list[str]) -> str:
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+
+
+def list_verdicts(effects: dict[str, Effect], runs: dict[str, list[Result]]) -> str:
+    """List the configurations by verdict, the largest changes first, with a note of runs that diverged."""
     parts, largest_first = [], sorted(effects, key=lambda name: -abs(effects[name].difference))
     for verdict in ("better", "worse", "undecided", "not tested"):
         names = [name for name in largest_first if effects[name].verdict == verdict]
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        diverged = [sum(run.diverged_at is not None and not run.finished for run in runs[name]) for name in names]
+        names = [f"{name} ({n} of {len(runs[name])} runs diverged)" if n else name for name, n in zip(names, diverged)]
         if names:
-            parts.append(f"{verdict}: {', '.join(names[:MAX_NAMES])}{more}.")
+            parts.append(f"{verdict}: {list_names(names)}.")
     return " ".join(parts)
 
 
 def answer(comparison: Comparison, num_runs: int, missed: int) -> list[str]:
     """State the verdicts in loss, then those in time."""
     baseline, target = comparison.baseline, f"{comparison.target:g}"
-    lines = [list_verdicts(comparison.loss.effects) or f"no configuration to compare with {baseline} in loss."]
+    verdicts = list_verdicts(comparison.loss.effects, comparison.runs)
+    lines = [verdicts or f"no configuration to compare with {baseline} in loss."]
+    code = {name: syntax(run.header.code) for name, (run, *_) in comparison.runs.items()}
+    if others := [name for name in comparison.loss.effects if code[name] != code[baseline]]:
+        lines.append(f"Code other than the baseline's, or unknown: {list_names(others)}.")
     if any(effect.p is not None for effect in comparison.time.effects.values()):
-        caution = ", on different devices" if len(devices_of_times(comparison)) > 1 else ""
-        lines.append(f"in time to {target}{caution}: {list_verdicts(comparison.time.effects)}")
+        caution = ", on different machines" if machines_of_times(comparison) else ""
+        verdicts = list_verdicts(comparison.time.effects, comparison.runs)
+        lines.append(f"in time to {target}{caution}: {verdicts}")
     runs, end = plural(len(comparison.finished[baseline]), "run"), comparison.runs[baseline][0].end
     return [*lines, f"Baseline: {baseline}, {runs} to step {end}. Target: {target}; {num_runs - missed} of {num_runs} "
                     "runs reach it."]
@@ -138,16 +148,25 @@ def describe_unfinished(comparison: Comparison, name: str, run: Result) -> str:
     return f"{text}, {curve.losses[-1] - there:+.6f} relative to the baseline"
 
 
-def devices_of_times(comparison: Comparison) -> dict[str, list[str]]:
-    """Return the devices of the runs whose times are compared, with the configurations on each; {} if none is known."""
+def machines_of_times(comparison: Comparison) -> dict[str, list[str]]:
+    """Return the machines of the runs whose times are compared, with the configurations on each.
+
+    Return {} if every configuration ran on all of them: then they differ within configurations, not between them.
+    """
     found: dict[str, list[str]] = {}
     for name in comparison.time.samples:
         runs = comparison.finished[name]
-        devices = {device + ", tuned kernels" * bool(run.header.configuration.get("coordinate_descent_tuning"))
-                   for run in runs for device in run.devices}
-        for device in sorted(devices | ({"not stated"} if not all(run.devices for run in runs) else set())):
-            found.setdefault(device, []).append(name)
-    return {} if [*found] == ["not stated"] else found
+        machines = {machine + ", tuned kernels" * bool(run.header.configuration.get("coordinate_descent_tuning"))
+                    for run in runs for machine in run.machines or ["not stated"]}
+        for machine in sorted(machines):
+            found.setdefault(machine, []).append(name)
+    return found if any(len(names) < len(comparison.time.samples) for names in found.values()) else {}
+
+
+def count_tokens(run: Result) -> int | None:
+    """Return the tokens that a run trains on; None if its log does not say."""
+    sizes = [run.header.configuration.get(key) for key in ("sequences_per_step", "train_seq_len")]
+    return None if None in sizes else run.num_iterations * sizes[0] * sizes[1]
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -171,10 +190,18 @@ def remarks(comparison: Comparison) -> list[str]:
     if others := [name for name in finished if name not in comparison.alike]:
         lines.append(f"Validated on other data or at another length, so not compared: {', '.join(others)}"
                      f"{'; use one as --baseline' * (comparison.alike == [baseline])}.")
-    if len(devices := devices_of_times(comparison)) > 1:
-        shown = [f"{device} ({', '.join(names) if len(names) <= MAX_SENTENCES else len(names)})"
-                 for device, names in devices.items()]
-        lines.append(f"Do not compare times of different devices: {'; '.join(shown)}.")
+    if machines := machines_of_times(comparison):
+        shown = [f"{machine} ({', '.join(names) if len(names) <= MAX_SENTENCES else len(names)})"
+                 for machine, names in machines.items()]
+        lines.append(f"Do not compare times of different machines: {'; '.join(shown)}.")
+    tokens = {name: count_tokens(comparison.runs[name][0]) for name in comparison.loss.samples}
+    for name, own in comparison.finished.items():
+        if tokens.get(name) and tokens.get(baseline) not in (None, tokens[name]):
+            lines.append(f"{name} trains on {tokens[name] / tokens[baseline]:.3g} times the baseline's tokens.")
+        settings = [run.header.configuration for run in own]
+        starts = [each.get("init_sha256", each["seed"]) for each in settings if "seed" in each]
+        if len(set(starts)) < len(starts):
+            lines.append(f"{name}: runs from one seed or checkpoint are not repeats; they understate the deviation.")
     for name, (run, *_) in comparison.runs.items():
         more, fewer = len(comparison.finished[name]), len(comparison.finished[baseline])
         changed = differences(keys[baseline], keys[name], RUN_KEYS) or list_changes(comparison.runs[baseline][0], run)
@@ -216,7 +243,8 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
              "too far to extrapolate. better, worse: p < 0.05; record: p < 0.01."]
     for what, unit, family in (("loss", "nats", comparison.loss), ("time", "s", comparison.time)):
         if not family.deviation:
-            lines.append(f"No test of {what}: it needs two runs of a configuration that differ.")
+            near = "reach the target and " if family is comparison.time else ""
+            lines.append(f"No test of {what}: it needs two runs of a configuration that {near}differ.")
         elif family.effects:
             lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once; deviation "
                          f"{family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
@@ -254,8 +282,8 @@ def report(comparison: Comparison, entries: list[dict[str, Any]], ranking: Ranki
     described = sorted(entries, key=lambda entry: entry["name"] != comparison.baseline)  # the baseline first
     sentences = [sentence(comparison, entry) for entry in described if options.verbose or len(entries) <= MAX_SENTENCES]
     order = [f"Spearman's correlation with {options.against}: {ranking.rho:.2f}, 95% {ranking.low:.2f} to "
-             f"{ranking.high:.2f}, p {ranking.p:.2g}, over {len(ranking.names)} configurations; the runs' noise allows "
-             f"at most {ranking.limit:.2f}."] if ranking else []
+             f"{ranking.high:.2f}, p {ranking.p:.2g}, over {len(ranking.names)} configurations; the runs' noise would "
+             f"lower a perfect order to about {ranking.limit:.2f}."] if ranking else []
     parts = [answer(comparison, runs, missed), table, order, remarks(comparison), sentences, changes(comparison),
              notes(comparison, options.power)]
     wrap = (lambda line: textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))

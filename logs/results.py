@@ -22,7 +22,8 @@ from logs.log_format import ROOT, RUN_KEYS, Header, StepLine, differences, parse
 DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b(?!.*^step:)", re.MULTILINE | re.DOTALL | re.ASCII)
 
 RESUMED = re.compile(r"^resumed at step ", re.MULTILINE)
-DEVICE = re.compile(r"^(?:resumed at step .*; )?device: (\d+ ranks?, .*)$", re.MULTILINE)
+SESSION = re.compile(r"^(?:resumed at step .* on (\S+); )?device: (\d+ ranks?, .*)(?:\nstarted: .* on (\S+))?$",
+                     re.MULTILINE)
 PUBLISHED_VALIDATION = {"val_tokens": 10_485_760, "val_seq_len": 262_144}  # taken for logs without a configuration
 
 
@@ -42,7 +43,7 @@ class Result(NamedTuple):
     step_avg_ms: float  # as the last line states it
     diverged_at: int | None  # step
     end: int  # the step whose loss is compared: num_iterations, or an earlier one
-    devices: frozenset[str]  # of all sessions, as their lines describe them; empty in published logs
+    machines: frozenset[str]  # of all sessions: the device as its line describes it, and the host; empty if published
 
     @property
     def finished(self) -> bool:
@@ -85,8 +86,9 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path}: skipped, its train_time falls between validations")
     diverged = min(map(int, [*curve.steps[~np.isfinite(curve.losses)], *DIVERGED.findall(results)]), default=None)
     total = lines[-1].num_iterations
-    devices = frozenset(DEVICE.findall(text))
-    return Result(path, header, total, curve, lines[-1].step_avg_ms, diverged, total, devices)
+    machines = frozenset(f"{device} on {resumed_on or started_on}"
+                         for resumed_on, device, started_on in SESSION.findall(text))
+    return Result(path, header, total, curve, lines[-1].step_avg_ms, diverged, total, machines)
 
 
 def list_changes(then: Result, now: Result) -> list[str]:

@@ -15,6 +15,7 @@ RECORD_LEVEL = 0.01  # the speedrun's, for the claim that the mean is below the 
 POWER = 0.8
 PUBLISHED_TARGET = 2.92  # nats per token
 MAX_EXTRAPOLATION = 0.15  # of a run's steps; a time that lies further away is neither shown nor tested
+MIN_SLOPE = 0.01  # of a run's steps: learning rates fall to 0, so the loss hardly changes over fewer
 
 
 def mean(sample: np.ndarray) -> float | None:
@@ -36,6 +37,16 @@ class Crossing(NamedTuple):
     def reached(self) -> "Crossing":
         """This crossing if the curve itself reaches the target, else an empty one."""
         return self if self.mark == " " else Crossing(None, None)
+
+
+def final_slopes(curve: Curve) -> tuple[float, float] | None:
+    """Return a curve's nats per step and nats per second over its last interval of at least MIN_SLOPE of its steps.
+
+    Return None if the loss does not fall there.
+    """
+    before = np.flatnonzero(curve.steps <= (1 - MIN_SLOPE) * curve.steps.max(initial=0))
+    steps, losses, seconds = (x[-1] - x[before[-1]] if len(curve.steps) > 1 else 0 for x in curve)
+    return (losses / steps, losses / seconds) if losses < 0 < seconds else None
 
 
 def find_crossing(curve: Curve, target: float, slopes: tuple[float, float] | None) -> Crossing:
@@ -211,12 +222,11 @@ class Comparison:
         self.finished = {name: [run for run in group if run.finished] for name, group in runs.items()}
         self.losses = {n: np.array([run.curve.losses[-1] for run in group]) for n, group in self.finished.items()}
         self.curves = {name: mean_curve(group) for name, group in self.finished.items()}
-        steps, losses, seconds = (x[-1] - x[-2] if len(x) > 1 else 0 for x in self.curves[baseline])
-        slopes = (losses / steps, losses / seconds) if losses < 0 < seconds else None
+        first = runs[baseline][0]
+        slopes = final_slopes(self.curves[baseline]) if first.end == first.num_iterations else None  # not with --at
         self.crossings = {name: find_crossing(curve, target, slopes) for name, curve in self.curves.items()}
         self.own_crossings = {n: [find_crossing(r.curve, target, slopes) for r in g] for n, g in self.finished.items()}
         # Losses are comparable between runs of one length; times to the target between all that validate alike.
-        first = runs[baseline][0]
         self.alike = [name for name, group in runs.items() if validate_alike(group[0], first)]
         finished = [name for name in self.alike if self.finished[name]]
         self.loss = Family({name: self.losses[name] for name in finished

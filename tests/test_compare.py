@@ -73,21 +73,23 @@ def test_the_published_comparison_is_as_approved_and_begins_with_the_answer_in_8
     assert max(map(len, lines)) <= 80 and len(lines) < 65
 
 
-def test_other_validation_data_and_times_of_other_devices_are_named(tmp_path, capsys):
-    """A device is that of any session of a run."""
-    for name, device, data in (("baseline", "8 ranks, A", 1), ("resumed", "4 ranks, A", 1), ("other", "8 ranks, B", 2)):
-        session = f"device: 8 ranks, A\nresumed at step 0 after 0ms of training; now; device: {device}\n"
+def test_other_validation_data_and_times_of_other_machines_are_named(tmp_path, capsys):
+    """A machine is that of any session of a run."""
+    for name, resumed, data in (("baseline", "a", 1), ("resumed", "b", 1), ("other", "c", 2)):
         for i in range(2):
-            log = our_log(session + result_lines(SHAPE - 0.1 * data + i / 1000), val_data=[data])
+            session = "device: 8 ranks, A\nstarted: 2026-11-30 05:00:00 on a\nresumed at step 0 after 0ms of training; "
+            session += f"2026-11-30 06:00:00 on {resumed}; device: 8 ranks, A\n"
+            log = our_log(session + result_lines(SHAPE - 0.1 * data + i / 1000), val_data=[data], seed=i)
             write(tmp_path / name / f"{i}.txt", log)
     out = run(capsys, tmp_path)[1]
     assert out.startswith("undecided: resumed.\n") and re.search("^other +not compared", out, re.MULTILINE)
     assert "\nValidated on other data or at another length, so not compared: other.\n" in out
-    assert "\nDo not compare times of different devices: 8 ranks, A (baseline, resumed); 4 ranks, A (resumed).\n" in out
-    assert "\nin time to 2.92, on different devices: " in out
+    assert "of different machines: 8 ranks, A on a (baseline, resumed); 8 ranks, A on b (resumed).\n" in out
+    assert "\nin time to 2.92, on different machines: " in out
     published = write_runs(tmp_path / "published", [SHAPE, SHAPE + 0.001])
     out = run(capsys, tmp_path / "baseline", published)[1]
-    assert "different devices: 8 ranks, A (baseline); not stated (published)." in out
+    assert "different machines: 8 ranks, A on a (baseline); not stated (published)." in out
+    assert "different machines" not in run(capsys, tmp_path / "resumed", tmp_path / "resumed" / "0.txt")[1]
     write(tmp_path / "tiny" / "0.txt", our_log(result_lines(SHAPE), val_tokens=65_536))
     out = run(capsys, published, tmp_path / "tiny")[1]
     assert "not compared: tiny; use one as --baseline." in out and "break-even" not in out
@@ -159,7 +161,23 @@ def test_a_long_task_is_named_every_few_seconds(two, capsys, monkeypatch):
 def test_at_compares_an_earlier_validation_also_of_unfinished_runs(two, capsys):
     write(two / "new" / "0.txt", result_lines([10.0, 4.0, 3.18, 2.93], total=40))
     assert as_json(capsys, two, "--at", 20)["new"]["final_loss_mean"] == pytest.approx(3.18)
-    assert "to step 30." in run(capsys, two, "--at", 30)[1]
+    out = run(capsys, two, "--at", 30)[1]
+    assert "to step 30." in out and "in time to" not in out  # the loss would fall faster than there
+
+
+def test_runs_that_are_no_fair_comparison_are_named(tmp_path, capsys):
+    for name, keys in (("baseline", {}), ("twice", dict(sequences_per_step=16)), ("code", dict(code="x = 1")),
+                       ("diverged", {}), ("copies", dict(seed=0)), ("init", dict(init_sha256="ab"))):
+        for i in range(2):
+            log = our_log(result_lines(SHAPE - i / 1000), **dict(sequences_per_step=8, train_seq_len=64, seed=i) | keys)
+            write(tmp_path / name / f"{i}.txt", log)
+    write(tmp_path / "diverged" / "2.txt", our_log(result_lines([9, float("nan")], total=40), sequences_per_step=8,
+                                                   train_seq_len=64, seed=2))
+    out = run(capsys, tmp_path)[1]
+    assert "diverged (1 of 3 runs diverged)" in out.split(".")[0]
+    assert "\nCode other than the baseline's, or unknown: code.\n" in out
+    assert "\ntwice trains on 2 times the baseline's tokens.\n" in out and out.count("are not repeats") == 2
+    assert "\ncopies: runs from one seed or checkpoint are not repeats" in out and "\ninit: runs from one seed" in out
 
 
 def test_headers_decide_the_baseline_the_target_and_the_changes(tmp_path, capsys):

@@ -3,6 +3,7 @@
 The approved comparisons in test_compare.py show the figures of all of them, and of the record rule.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 from logs import run_statistics
 from logs.log_format import ROOT, Header
 from logs.results import Curve, Result, read_configurations
-from logs.run_statistics import Comparison, Family, find_crossing, mean_curve, rank_alike, runs_needed
+from logs.run_statistics import Comparison, Family, final_slopes, find_crossing, mean_curve, rank_alike, runs_needed
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,13 @@ def test_a_curve_that_ends_above_the_target_is_extrapolated_by_at_most_15_percen
     comparison = Comparison({"base": [make_run(baseline)], "slow": [make_run([9, 3, loss], ms=300)]}, "base", 2.92)
     assert comparison.crossings["slow"] == (*map(pytest.approx, crossing[:2]), crossing[2])
     assert ("slow" in comparison.time.samples) == (crossing[2] == "*")
+
+
+def test_a_last_interval_of_less_than_a_hundredth_of_the_steps_is_joined_with_the_one_before():
+    """The loss falls by 0.1 from step 100 to step 200 and not at all in step 201."""
+    curve = Curve(np.array([0, 100, 200, 201]), np.array([9, 3, 2.9, 2.9]), np.array([0, 10, 20, 20.1]))
+    assert final_slopes(curve) == pytest.approx((-0.1 / 101, -0.1 / 10.1))
+    assert final_slopes(curve._replace(losses=np.array([9, 3, 3.1, 3.1]))) is None
 
 
 def test_the_mean_curve_covers_the_validations_that_all_runs_share():
@@ -78,6 +86,17 @@ def test_equals_are_called_different_in_five_percent_of_families(runs, monkeypat
             verdicts = {effect.verdict for effect in getattr(comparison, measure).effects.values()}
             wrong[measure] += verdicts != {"undecided"}
     assert max(wrong.values()) <= stats.binom.ppf(0.99, 200, 0.05) == 18
+
+
+def test_a_comparison_after_each_run_calls_equal_configurations_different_in_13_percent_of_cases():
+    """Two configurations and the first p < 0.05 after run 2, 3, 4 or 5, simulated 20,000 times."""
+    runs, different = np.random.default_rng(0).normal(size=(20_000, 2, 5)), []
+    for n in (2, 3, 4, 5):
+        deviation = np.sqrt(runs[..., :n].var(axis=2, ddof=1).mean(axis=1))
+        t = np.abs(np.diff(runs[..., :n].mean(axis=2))[:, 0]) / (deviation * math.sqrt(2 / n))
+        different.append(t > run_statistics.critical_value(np.array([n]), n, 2 * n - 2))
+    assert np.mean(different[-1]) == pytest.approx(0.05, abs=0.005)
+    assert np.mean(np.any(different, axis=0)) == pytest.approx(0.13, abs=0.01)
 
 
 @pytest.mark.parametrize("sample", [[1.0], [1.0, 1.0, 1.0], [0.3, 0.1 + 0.2]])
