@@ -172,7 +172,7 @@ def test_a_shard_damaged_on_disk_or_on_its_way_is_fetched_again(fetch, hub, bad)
     (dict(url="http://127.0.0.1:9"), "check the network, HF_ENDPOINT, HF_TOKEN"),
     (dict(files={}), f"has no {TRAIN[0]} in commit {COMMIT}; ask for fewer shards"),
     (dict(folder=Path("/dev/null")), "File exists: '/dev/null'; check space and permissions of")], ids=str)
-@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("is_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_refusal_is_one_line(fetch, hub, fault, line, is_first):
     """At the first call and at a later one, which leaves the shards as they are."""
     if not is_first and "files" not in fault:
@@ -220,7 +220,7 @@ def start(tmp_path, hub):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_or_interrupted_at_any_moment_it_leaves_no_bad_shard_and_no_remains(start, hub, number):
+def test_killed_or_interrupted_it_leaves_no_bad_shard_and_no_remains(start, hub, number):
     """It does not wait for running downloads. A later call fetches the rest."""
     hub.delay, rng = 0.05, random.Random(0)
     for _ in range(2):

@@ -18,7 +18,8 @@ import train_gpt_medium as train
 pytest.importorskip("triton")
 import candidates  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU, test_gpu.py runs them")
+ON_A_CPU = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ON_A_CPU, reason="on a GPU, test_gpu.py runs them")]
 SMALL = dict(num_heads=1, model_dim=128, train_seq_len=128, val_seq_len=128)
 SOME_OFTEN = torch.tensor([0, 7, 3, *[7] * 70, 9, 49, 49], dtype=torch.int32)  # more than a tile's rows of a token
 

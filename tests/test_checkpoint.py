@@ -24,8 +24,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
     assert names == [["000.ckpt.unfinished"], ["000.ckpt"]]
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("prefix, is_zip", [("", True), ("_orig_mod.", False)])
 def test_published_checkpoints_are_read_exactly_in_bf16_too(tmp_path, prefix, is_zip):
     stored = {name: w if name in ("lm_head_w", "scalars") else w.bfloat16() for name, w in WEIGHTS.items()}
     published = dict(step=5960, code="text", model={prefix + name: w for name, w in stored.items()}, optimizers=[{}])

@@ -1,5 +1,6 @@
 """Test faults: however a run is interrupted, rerunning it gives the losses of an undisturbed run."""
 
+import fcntl
 import json
 import os
 import re
@@ -38,13 +39,12 @@ def log(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Start a run's ranks, by default wait for them, and end the remaining ones after the test."""
+    """Start a run's ranks, wait for them, and end the remaining ones after the test."""
     runs = []
 
-    def run(*arguments, wait=True, **options):
+    def run(*arguments, **options):
         runs.append(Ranks(tmp_path / f"output{len(runs)}", *arguments, **options))
-        if wait:
-            runs[-1].statuses()
+        runs[-1].statuses()
         return runs[-1]
 
     yield run
@@ -53,25 +53,20 @@ def run(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def logs_of(tmp_path_factory):
-    """Return the folder of the logs of a run, which is run once for each config and options."""
-    folders = {}
+def undisturbed(tmp_path_factory):
+    """Return the results of a run that nothing disturbed, which is run once for each config, ranks and fault."""
+    found = {}
 
-    def logs_of(config, *arguments, **options):
-        key = re.sub("log_dir.*", "", config.read_text()), *arguments, *options.items()
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("logs")
-            Ranks(folders[key] / "output", config, *arguments, "--log_dir", folders[key] / "logs", **options).statuses()
-        return folders[key] / "logs"
+    def undisturbed(config, ranks=1, fault=""):
+        key = re.sub("log_dir.*", "", config.read_text()), ranks, fault
+        if key not in found:
+            folder = tmp_path_factory.mktemp("logs")
+            arguments = config, "--run_id", 0, "--log_dir", folder / "logs"
+            Ranks(folder / "output", *arguments, ranks=ranks, fault=fault).statuses()
+            found[key] = results(folder / "logs/small/000.txt")
+        return found[key]
 
-    return logs_of
-
-
-@pytest.fixture
-def undisturbed(logs_of):
-    """Return the results of a run that nothing disturbed."""
-    return lambda config, ranks=1, fault="": results(
-        logs_of(config, "--run_id", 0, ranks=ranks, fault=fault) / "small" / "000.txt")
+    return undisturbed
 
 
 def results(log):
@@ -166,12 +161,12 @@ INTERRUPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERRUPTIONS)
 def test_a_rerun_ends_as_if_nothing_had_happened(attempt, run, small_config, config, undisturbed, log, name):
-    """After a kill with every kind of state: gates, several tables, mantissas of bf16."""
+    """After a kill with every kind of state: gates, every kind of source, fewer matrices than ranks, mantissas."""
     (options, attempts, resumed, files), prefix = INTERRUPTIONS[name], ""
     if name == "a rank is killed, then all":
         prefix = "use_bf16(); skip_newton_schulz()"
-        config.write_text(f"{config.read_text()}\nvalue_embeddings = [[0, 13], [0, 13, 15], [3]]\n"
-                          "value_embedding_gate = true")
+        sources = '[0, 13], [0, 13, 15], {layers = [3], source = "bigram"}, {layers = [2], source = "embedding"}'
+        config.write_text(f"{config.read_text()}\nvalue_embeddings = [{sources}]\nvalue_embedding_gate = true")
     for fault, statuses, why, step in attempts:
         fault, why = (text.replace("LOG", str(log.with_suffix(""))) for text in (fault, why))
         attempt(config, f"{prefix}; {fault}".lstrip("; "), statuses, why, step, options)
@@ -281,29 +276,21 @@ def start(config, run_main, capfd):
     return lambda *options: (run_main(config, *RUN, *options), capfd.readouterr().err)
 
 
-@pytest.fixture(scope="session")
-def logs_amid_last_step(run_main, tmp_path_factory):
-    """Return the folder of the log and checkpoint that a run has in its last step, and that a kill would leave."""
-    folder, train_step = tmp_path_factory.mktemp("killed"), train.Trainer.train_step
+@pytest.fixture
+def killed(config, run_main, tmp_path_factory, tmp_path):
+    """Put the log and checkpoint that a run has in its last step, and that a kill would leave, into their place."""
+    folder, train_step = tmp_path_factory.getbasetemp() / "killed", train.Trainer.train_step  # one run for all tests
 
     def copy_logs(trainer, step, *batch):
         if step == 5:
             shutil.copytree(folder / "logs", folder / "copy")
         return train_step(trainer, step, *batch)
 
-    def logs_amid_last_step(config):
-        if not (folder / "copy").exists():
-            with mock.patch.object(train.Trainer, "train_step", copy_logs):
-                assert run_main(config, *RUN, "--log_dir", folder / "logs") == 0
-        return folder / "copy"
-
-    return logs_amid_last_step
-
-
-@pytest.fixture
-def killed(config, logs_amid_last_step, tmp_path):
-    """Put the log and checkpoint of a run killed in its last step into their place."""
-    shutil.copytree(logs_amid_last_step(config), tmp_path / "logs")
+    if not folder.exists():
+        with mock.patch.object(train.Trainer, "train_step", copy_logs), \
+                mock.patch.object(train, "newton_schulz", lambda u: u / (u.norm() + 1e-7)):
+            assert run_main(config, *RUN, "--log_dir", folder / "logs") == 0
+    shutil.copytree(folder / "copy", tmp_path / "logs")
 
 
 def refused(result, *fragments):
@@ -328,24 +315,22 @@ def test_a_log_that_has_lost_lines_since_its_checkpoint_is_refused(killed, start
     assert refused(start(), f"{log}: missing or shorter than at its checkpoint; put the log back, move the")
 
 
-@pytest.mark.slow
-def test_a_run_that_another_process_runs_is_refused(run, start, config, log, monkeypatch):
-    monkeypatch.setattr(run_log, "LOCK_WAIT_S", 1)
-    run(config, *RUN, wait=False, fault="at_step(0, hang)")
-    wait_until(lambda: log.exists() and "step:0/6 val_loss" in log.read_text())
-    assert refused(start(), f"{log}: another process is running it; wait for its end or use another run_id")
+def test_a_run_that_another_process_runs_is_refused(killed, start, log, monkeypatch):
+    monkeypatch.setattr(run_log, "LOCK_WAIT_S", 0)
+    with open(log) as file:  # a lock excludes other open files, also of this process
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert refused(start(), f"{log}: another process is running it; wait for its end or use another run_id")
 
 
-@pytest.mark.parametrize("name, then, change", [
-    ("num_iterations", 7, "num_iterations was 7 and is 6"), ("code", "edited = 1", "the code has changed"),
-    ("a key of another version", 1, "a key of another version was 1 and is null"),
-    ("device", "mps", 'device was "mps" and is "cpu"'),
-    ("train_data", [["x.bin", 5, "0"]], 'train_data was [["x.bin", 5, "0"]] and is [["s_train_000001.bin"')])
-def test_a_checkpoint_of_another_run_is_refused(killed, start, log, name, then, change):
+def test_a_checkpoint_of_another_run_is_refused_and_each_difference_is_named(killed, start, log):
+    then = {"num_iterations": 7, "train_data": [["x.bin", 5, "0"]], "device": "mps", "code": "edited = 1",
+            "another version's key": 1}
     before, resume = log.read_bytes(), checkpoint_path(log)
     state = torch.load(resume, weights_only=True)
-    torch.save(state | {"identity": json.dumps(json.loads(state["identity"]) | {name: then})}, resume)
-    assert refused(start(), f"{resume}: the interrupted run is not this one: {change}", "; set that back, or move it")
+    torch.save(state | {"identity": json.dumps(json.loads(state["identity"]) | then)}, resume)
+    assert refused(start(), f"{resume}: the interrupted run is not this one: ", "; set that back, or move it",
+                   "num_iterations was 7 and is 6", 'train_data was [["x.bin", 5, "0"]] and is [["s_train_000001.bin"',
+                   'device was "mps" and is "cpu"', "the code has changed", "another version's key was 1 and is null")
     assert log.read_bytes() == before
 
 

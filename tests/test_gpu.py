@@ -1,10 +1,9 @@
 """Checks that need a GPU: masks, FlexAttention's backward, gradients and losses in bf16 against fp32, candidates.
 
-One GPU is enough. Each test prints its time. The tests of the gradients' limits need no GPU.
+One GPU is enough; `--durations=0` prints each test's time. The tests of the gradients' limits need no GPU.
 """
 
 import math
-import time
 from functools import cache
 
 import pytest
@@ -22,14 +21,6 @@ import candidates  # noqa: E402
 pytestmark = pytest.mark.slow
 BASELINE = [[0, 13], [1, 14], [2, 15]]
 ON_GPU = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def print_time(request, capsys):
-    start = time.perf_counter()
-    yield
-    with capsys.disabled():
-        print(f" {request.node.name}: {time.perf_counter() - start:.1f} s")
 
 
 @ON_GPU

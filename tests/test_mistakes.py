@@ -146,7 +146,7 @@ def test_a_parameter_without_an_optimizer_is_named(check, small_config, monkeypa
             self.extra_w = torch.nn.Parameter(torch.zeros(2, 2))
 
     monkeypatch.setattr(train, "MLP", WithParameter)
-    assert_one_line(check(small_config()), "parameter blocks.0.mlp.extra_w is in 0 groups of parameter_groups")
+    assert_one_line(check(small_config()), "blocks.0.mlp.extra_w is in 0 groups of parameter_groups; name it in one")
 
 
 def test_weights_of_another_map_are_refused_with_what_differs(check, small_config, tmp_path):
@@ -192,7 +192,8 @@ def test_torchrun_restarts_only_a_numbered_run(monkeypatch):
         train.check_run(train.Hyperparameters(run_id=None), Path("c.toml"), 1)
 
 
-@pytest.mark.parametrize("missing, program", [("torch", "train_gpt_medium.py"), ("numpy", "logs/compare.py")])
+@pytest.mark.parametrize("missing, program", [
+    ("torch", "train_gpt_medium.py"), ("numpy", "logs/compare.py"), ("scipy", "logs/compare.py")])
 def test_a_missing_package_is_a_line(missing, program):
     code = f"import runpy, sys; sys.modules['{missing}'] = None; runpy.run_path('{program}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

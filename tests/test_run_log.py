@@ -46,7 +46,7 @@ def test_the_last_complete_lines_tell_whether_a_run_is_finished_and_why_it_faile
 
 @pytest.mark.parametrize("output, printed", [(">&-", ""), ("| true", ""), ("", "x\\xe9\\udce9\ny\n")])
 def test_printing_survives_an_output_that_is_closed_or_ascii_and_a_pipe_that_nobody_reads(output, printed):
-    wait_s = int(output == "| true")  # until `true` has ended
+    wait_s = 0.2 * (output == "| true")  # until `true` has ended
     program = (f"import sys, time; from logs.run_log import say; time.sleep({wait_s})\n"
                r"say('x\xe9\udce9'); say('y'); sys.stderr.write('z')")
     command, env = ["sh", "-c", f'"$0" -c "$1" {output}', sys.executable, program], {"PYTHONIOENCODING": "ascii"}

@@ -47,8 +47,10 @@ def write(path, text):
 
 def make_python(folder, modules=(), torch="2.11.0+cpu", pip=PIP):
     """Make a Python with these modules, none of which can be imported, and with this module `pip`, if any."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    packages = next((folder / "lib").glob("python*")) / "site-packages"
+    base, packages = Path(sys.executable).resolve(), folder / f"lib/python3.{sys.version_info[1]}/site-packages"
+    write(folder / "pyvenv.cfg", f"home = {base.parent}\ninclude-system-site-packages = false\n")
+    (folder / "bin").mkdir()
+    (folder / "bin/python").symlink_to(base)
     write(packages / f"torch-{torch}.dist-info" / "METADATA", f"Name: torch\nVersion: {torch}\n")
     for name, text in (dict.fromkeys(modules, "1 / 0") | {"pip": pip}).items():
         write(packages / f"{name}.py", text) if text else None
