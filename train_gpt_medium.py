@@ -771,7 +771,8 @@ def run_training(hp: Hyperparameters, device: torch.device, identity: dict[str, 
     train(trainer, log, identity, stop, step, time_ms)
     if log.path is not None:
         if hp.save_checkpoint:
-            checkpoint.write_weights(log, trainer.model, hp.num_iterations, identity["code"])
+            checkpoint.write(log.path.with_suffix(".ckpt"), dict(step=hp.num_iterations, code=identity["code"],
+                                                                 model=checkpoint.weights_of(trainer.model)))
         log.line(distributed.peak_memory(device))
         log.line(summary.describe_end(log.path, hp.scale, hp.num_iterations))
         run_log.remove_checkpoint(log.path)

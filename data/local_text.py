@@ -75,10 +75,9 @@ def read_spans(text: Shard, spans: np.ndarray) -> Iterator[np.ndarray]:
         yield np.concatenate([text.read(*span) for span in spans[i : i + 256].tolist()])
 
 
-def to_texts(pieces: Iterable[np.ndarray]) -> Iterator[list[str]]:
-    """Yield the documents in each piece; its first one continues the last one of the piece before."""
-    contents = (piece.astype(np.uint8).tobytes() for piece in pieces)  # id 256 becomes a zero byte
-    return (text.split("\0") for text in codecs.iterdecode(contents, "utf-8", "replace"))
+def to_texts(piece: np.ndarray) -> list[str]:
+    """Return the documents in a piece: id 256, which starts each, becomes a zero byte."""
+    return piece.astype(np.uint8).tobytes().decode("utf-8", "replace").split("\0")[1:]
 
 
 def make_tokenizer(file: Path | None, vocab_size: int, pieces: Iterator[np.ndarray]) -> Any:
@@ -88,7 +87,7 @@ def make_tokenizer(file: Path | None, vocab_size: int, pieces: Iterator[np.ndarr
         tokenizer = Tokenizer.from_file(str(file))
     else:
         pairs = ByteLevelBPETokenizer()
-        pairs.train_from_iterator(to_texts(pieces), vocab_size - 1, show_progress=False)
+        pairs.train_from_iterator(map(to_texts, pieces), vocab_size - 1, show_progress=False)
         tokenizer = Tokenizer.from_str(pairs.to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -99,10 +98,10 @@ def make_tokenizer(file: Path | None, vocab_size: int, pieces: Iterator[np.ndarr
 
 def encode(pieces: Iterator[np.ndarray], tokenizer: Any, eot_id: int, counts: np.ndarray) -> Iterator[np.ndarray]:
     """Yield pieces of bytes as the tokenizer's ids, or as they are without one; add each id's number to `counts`."""
-    for piece in to_texts(pieces) if tokenizer else pieces:
+    for piece in pieces:
         if tokenizer:
-            first, *others = tokenizer.encode_batch_fast(piece, add_special_tokens=False)
-            piece = np.array([*first.ids, *(i for text in others for i in (eot_id, *text.ids))], np.uint16)
+            texts = tokenizer.encode_batch_fast(to_texts(piece), add_special_tokens=False)
+            piece = np.array([i for text in texts for i in (eot_id, *text.ids)], np.uint16)
         counts += np.bincount(piece, minlength=len(counts))
         yield piece
 
@@ -155,6 +154,8 @@ def main(arguments: list[str]) -> None:
     kind.add_argument("--tokenizer", type=Path, metavar="FILE.json", help="use a file of the `tokenizers` library")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: data/local_text or data/local_text_bpe")
     options = parser.parse_args(arguments)
+    if options.vocab_size is not None and options.vocab_size < 258:
+        parser.error(f"--vocab_size is {options.vocab_size}; use at least 258: the bytes, a pair and the end of text")
     default = BYTE_PAIRS_FOLDER if options.vocab_size or options.tokenizer else LOCAL_TEXT_FOLDER
     try:
         print(make_shards(options.paths, options.output or default, options.vocab_size, options.tokenizer))

@@ -50,11 +50,6 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {COMPILED_PREFIX + name: w.cpu() for name, w in model.state_dict().items()}
 
 
-def write_weights(log: RunLog, model: nn.Module, step: int, code: str) -> None:
-    """Write the final weights beside the log, in the form of a published checkpoint. Raises OSError as `write`."""
-    write(log.path.with_suffix(".ckpt"), dict(step=step, code=code, model=weights_of(model)))
-
-
 def read_weights(path: str, model: nn.Module) -> dict[str, Tensor]:
     """Read initial weights from a checkpoint of this program or of the published script, by the model's names.
 

@@ -111,7 +111,7 @@ def table_row(comparison: Comparison, entry: dict[str, Any]) -> list[str]:
     verdict = shown[0] if len(shown) == 1 else "mixed" if shown and loss.verdict != time.verdict else loss.verdict
     verdict = time.verdict if verdict == "not compared" else verdict
     beyond = "> " if crossing.mark == ">" else ""
-    seconds = f"{beyond}{number(crossing.seconds, '.1f')}{crossing.mark.strip('>')}"
+    seconds = f"{beyond}{number(crossing.seconds, '.1f')}{crossing.mark.replace('>', ' ')}"
     return [name, "baseline" if name == comparison.baseline else verdict, str(entry["runs"]), *changes[0],
             number(entry["final_loss_mean"], ".4f", entry["final_loss_std"]), seconds, *changes[1],
             f"{beyond}{number(crossing.step, '.0f')}", number(entry["step_avg_ms"], ".1f")]
@@ -139,12 +139,12 @@ def describe_unfinished(comparison: Comparison, name: str, run: Result) -> str:
     curve, baseline = run.curve, comparison.curves[comparison.baseline]
     if run.diverged_at is not None:
         return f"{run.path.name} diverged at step {run.diverged_at}"
-    if not len(curve.steps) or not len(baseline.steps):
+    if not len(curve.steps):
         return f"{run.path.name} is not finished"
     text = f"{run.path.name} is at step {curve.steps[-1]:.0f} of {run.num_iterations} with loss {curve.losses[-1]:.6f}"
-    if name not in comparison.alike:
+    if name not in comparison.alike or curve.steps[-1] > baseline.steps.max(initial=-1):
         return text
-    there = np.interp(curve.steps[-1], baseline.steps, baseline.losses, right=np.nan)
+    there = np.interp(curve.steps[-1], baseline.steps, baseline.losses)
     return f"{text}, {curve.losses[-1] - there:+.6f} relative to the baseline"
 
 
@@ -155,10 +155,7 @@ def machines_of_times(comparison: Comparison) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name in comparison.time.samples:
-        runs = comparison.finished[name]
-        machines = {machine + ", tuned kernels" * bool(run.header.configuration.get("coordinate_descent_tuning"))
-                    for run in runs for machine in run.machines or ["not stated"]}
-        for machine in sorted(machines):
+        for machine in sorted(set().union(*(run.machines for run in comparison.finished[name]))):
             found.setdefault(machine, []).append(name)
     return found if any(len(names) < len(comparison.time.samples) for names in found.values()) else {}
 

@@ -9,7 +9,6 @@ import numpy as np
 from scipy import stats
 
 from logs.log_format import RUN_KEYS, differences
-from logs.results import Result
 from logs.run_log import plural
 from logs.run_statistics import LEVEL, Comparison, Effect, Family, Ranking
 
@@ -45,7 +44,9 @@ def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
     """Return one of QUESTIONS: what a configuration changes."""
     if "value_embeddings" not in keys:
         return ""
-    if differences(baseline, keys, RUN_KEYS | {"value_embeddings"}):
+    is_one_sided = ("run_id" in keys) != ("run_id" in baseline)  # only headers have it, and all other keys
+    unknown = keys.keys() ^ baseline.keys() if is_one_sided else set()
+    if differences(baseline, keys, RUN_KEYS | {"value_embeddings"} | unknown):
         return "other keys"
     if any(isinstance(entry, dict) for entry in keys["value_embeddings"]):
         return "other sources"
@@ -60,11 +61,10 @@ def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
 
 def draw_map(axes: Any, row: int, keys: dict[str, Any]) -> None:
     """Draw a cell per layer in the colors of its tables; a layer without any is gray, one without attention empty."""
-    for layer in range(NUM_LAYERS):
+    for layer in {*range(NUM_LAYERS)} - {NO_ATTENTION_LAYER}:
         colors = [COLORS[k % len(COLORS)] for k, layers in enumerate(layers_of(keys)) if layer in layers] or ["0.9"]
-        for i, color in enumerate(colors if layer != NO_ATTENTION_LAYER else []):
-            height = 0.8 / len(colors)
-            axes.barh(row - 0.4 + i * height, 0.85, height, layer, align="edge", color=color)
+        bottoms = np.linspace(row - 0.4, row + 0.4, len(colors), endpoint=False)
+        axes.barh(bottoms, 0.85, 0.8 / len(colors), layer, align="edge", color=colors)
 
 
 def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
@@ -119,13 +119,6 @@ def forest(comparison: Comparison, of_time: bool, file: Path) -> None:
     axes.figure.savefig(file)
 
 
-def pooled_error(groups: list[list[Result]], axis: int, x: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the deviation of runs at each x, pooled over the configurations, and its degrees of freedom."""
-    values = [[np.interp(x, run.curve[axis], run.curve.losses) for run in runs] for runs in groups]
-    dof = sum(len(runs) - 1 for runs in groups)
-    return np.sqrt(sum(np.var(runs, axis=0) * len(runs) for runs in values) / max(dof, 1)), dof
-
-
 def curves(comparison: Comparison, of_time: bool, low: float | None, high: float | None, file: Path) -> None:
     """Plot the mean curves, up to MAX_BANDS with their 95% intervals, else with the runs. Name their crossings."""
     if len(comparison.runs) > len(COLORS):
@@ -147,8 +140,9 @@ def curves(comparison: Comparison, of_time: bool, low: float | None, high: float
                 y = np.interp(x, curve[axis], curve.losses)
                 (line,) = axes.plot(x, y, ".-", color=color, linewidth=width, markersize=2 * width, alpha=min(1, width))
         if line and is_banded:
-            error, dof = pooled_error(repeated, axis, x)
-            half = stats.t.isf(LEVEL / 2, dof) * error / np.sqrt(len(runs))
+            values = [[np.interp(x, run.curve[axis], run.curve.losses) for run in group] for group in repeated]
+            squares, dof = sum(np.var(group, axis=0) * len(group) for group in values), sum(map(len, repeated))
+            half = stats.t.isf(LEVEL / 2, dof - len(repeated)) * np.sqrt(squares / (dof - len(repeated)) / len(runs))
             axes.fill_between(x, y - half, y + half, color=color, alpha=0.2, linewidth=0)
         if line:
             label = name if name in comparison.alike else f"{name} (other validation)"

@@ -1,6 +1,5 @@
 """Read logs: which files are logs, what each one says, and which runs belong to one configuration."""
 
-import glob
 import itertools
 import math
 import os
@@ -20,7 +19,6 @@ from logs.log_format import ROOT, RUN_KEYS, Header, StepLine, differences, parse
 
 # A resumed run can diverge and be resumed again: the line counts only if no step line follows it.
 DIVERGED = re.compile(r"^diverged at step (\d{1,12})\b(?!.*^step:)", re.MULTILINE | re.DOTALL | re.ASCII)
-
 RESUMED = re.compile(r"^resumed at step ", re.MULTILINE)
 SESSION = re.compile(r"^(?:resumed at step .* on (\S+); )?device: (\d+ ranks?, .*)(?:\nstarted: .* on (\S+))?$",
                      re.MULTILINE)
@@ -43,7 +41,7 @@ class Result(NamedTuple):
     step_avg_ms: float  # as the last line states it
     diverged_at: int | None  # step
     end: int  # the step whose loss is compared: num_iterations, or an earlier one
-    machines: frozenset[str]  # of all sessions: the device as its line describes it, and the host; empty if published
+    machines: frozenset[str]  # of all sessions: the device as its line describes it, and the host; or "not stated"
 
     @property
     def finished(self) -> bool:
@@ -53,8 +51,6 @@ class Result(NamedTuple):
     def cut(self, step: int) -> "Result":
         """Return the run as it was at an earlier step."""
         curve = Curve(*(column[self.curve.steps <= step] for column in self.curve))
-        if step >= self.num_iterations:
-            return self._replace(end=step)
         step_avg_ms = 1000 * curve.seconds[-1] / curve.steps[-1] if curve.steps.any() else math.nan
         return self._replace(curve=curve, end=step, step_avg_ms=step_avg_ms)
 
@@ -86,8 +82,9 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path}: skipped, its train_time falls between validations")
     diverged = min(map(int, [*curve.steps[~np.isfinite(curve.losses)], *DIVERGED.findall(results)]), default=None)
     total = lines[-1].num_iterations
-    machines = frozenset(f"{device} on {resumed_on or started_on}"
-                         for resumed_on, device, started_on in SESSION.findall(text))
+    tuned = ", tuned kernels" * bool(header.configuration.get("coordinate_descent_tuning"))
+    machines = frozenset(f"{device} on {resumed_on or started_on}{tuned}"
+                         for resumed_on, device, started_on in SESSION.findall(text)) or frozenset({"not stated"})
     return Result(path, header, total, curve, lines[-1].step_avg_ms, diverged, total, machines)
 
 
@@ -112,15 +109,29 @@ def known_keys(name: str, run: Result) -> dict[str, Any]:
 
     The published folders' names can end in the number of steps, or in _ttest.
     """
-    if any(run.header):
-        return run.header.configuration
     own = name.split("/")[-1]
-    for stem in (own, re.sub(r"_(5\d{3}|ttest)$", "", own)):
-        config = ROOT / f"configs/{stem}.toml"
-        if config.is_file():
-            defaults = tomllib.loads(config.with_stem("baseline").read_text(encoding="utf-8"))
-            return defaults | tomllib.loads(config.read_text(encoding="utf-8"))
-    return {}
+    stems = own, re.sub(r"_(5\d{3}|ttest)$", "", own)
+    config = next((path for path in (ROOT / f"configs/{stem}.toml" for stem in stems) if path.is_file()), None)
+    if any(run.header) or config is None:
+        return run.header.configuration
+    try:
+        defaults = tomllib.loads(config.with_stem("baseline").read_text(encoding="utf-8"))
+        return defaults | tomllib.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}; correct it, because {name} has its name and no header") from None
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files below a folder, sorted, also through links but each folder once, without hidden ones."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(root, name) for name in files if name[0] != "."]
+    return sorted(found)
 
 
 def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
@@ -132,8 +143,7 @@ def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
     notes = []
     for given in paths:
         path = Path(os.path.realpath(given))  # so that a log named twice counts once
-        names = sorted(glob.glob("**/*", root_dir=path, recursive=True)) if path.is_dir() else [""]
-        logs = [log for log in map(path.joinpath, names)
+        logs = [log for log in (files_below(path) if path.is_dir() else [path])
                 if log.suffix in (".txt", ".log") and log.name != "requirements.txt" and log.is_file()]
         depths = [max(2, len(log.relative_to(path).parts)) for log in logs]
         near = [log for log, depth in zip(logs, depths) if depth == min(depths)]
@@ -172,12 +182,10 @@ def read_configurations(paths: list[Path]) -> tuple[dict[str, list[Result]], lis
                 notes.append(str(error))
                 continue
             changes = {name: list_changes(group[0], run) for name, group in groups.items()}
-            same = [name for name in groups if not changes[name]]
-            if same or not groups:
-                name = same[0] if same else folder
-            else:
-                free = (f"{folder}:{n}" for n in itertools.count(len(groups) + 1))
-                name = next(n for n in free if n not in names)
+            name = next((name for name in groups if not changes[name]), folder)
+            if changes.get(name):  # it differs from every group so far
+                free = (f"{folder}:{n}" for n in itertools.count(2))
+                name = next(n for n in free if n not in {*names, *groups})
                 notes.append(f"{name} ({log.name}) is split from {folder}: {'; '.join(changes[folder])}")
             groups.setdefault(name, []).append(run)
         configurations |= groups

@@ -148,17 +148,18 @@ class RunLog:
             shutil.copyfile(self.path, next(path for path in names if not path.exists()))
         os.ftruncate(self.file.fileno(), size)
 
-    def to_file(self, text: str) -> None:
+    def to_file(self, text: str, and_say: bool = False) -> None:
+        """Write a line to the file and, if asked, to standard output."""
         if self.path is not None:
             self.file.write(f"{text}\n")
+            if and_say:
+                say(text)
 
     def line(self, text: str) -> None:
         """Write a line to the file and to standard output."""
-        self.to_file(text)
         if self.bar:
             self.bar.clear()  # its next update draws it again, below the line
-        if self.path is not None:
-            say(text)
+        self.to_file(text, and_say=True)
 
     def show_progress(self, num_iterations: int, step: int) -> None:
         """Show a bar instead of training lines if standard output is a terminal."""
@@ -168,22 +169,16 @@ class RunLog:
 
     def train_line(self, step: int, num_iterations: int, train_time_ms: float) -> None:
         """Write a training step's line to the file; on standard output, advance the bar or print every 25th line."""
-        text = format_step_line(step, num_iterations, train_time_ms)
-        self.to_file(text)
+        self.to_file(format_step_line(step, num_iterations, train_time_ms), not self.bar and step % PRINT_EVERY == 0)
         if self.bar:
             self.bar.update()
-        elif self.path is not None and step % PRINT_EVERY == 0:
-            say(text)
 
     def train_loss_line(self, step: int, loss: float) -> None:
         """Write rank 0's training loss to the file and, without a bar, to standard output.
 
         It has no "step:", so no parser of the speedrun's logs takes it for a step line.
         """
-        text = f"training loss in step {step} (last sequence of rank 0): {loss:.4f}"
-        self.to_file(text)
-        if self.path is not None and not self.bar:
-            say(text)
+        self.to_file(f"training loss in step {step} (last sequence of rank 0): {loss:.4f}", not self.bar)
 
     def validation_line(self, step: int, num_iterations: int, train_time_ms: float, val_loss: float) -> None:
         self.line(format_step_line(step, num_iterations, train_time_ms, val_loss))

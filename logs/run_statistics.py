@@ -45,7 +45,7 @@ def final_slopes(curve: Curve) -> tuple[float, float] | None:
     Return None if the loss does not fall there.
     """
     before = np.flatnonzero(curve.steps <= (1 - MIN_SLOPE) * curve.steps.max(initial=0))
-    steps, losses, seconds = (x[-1] - x[before[-1]] if len(curve.steps) > 1 else 0 for x in curve)
+    steps, losses, seconds = (x[-1] - x[before[-1]] if len(before) else 0 for x in curve)
     return (losses / steps, losses / seconds) if losses < 0 < seconds else None
 
 
@@ -126,15 +126,11 @@ def dunnett_p(statistics: np.ndarray, sizes: np.ndarray, baseline_size: int, dof
     z_weights = np.exp(-z[:, 0] ** 2 / 2) * np.where(z[:, 0] == 0, 0.5, 1)
     nodes, s_weights = np.polynomial.legendre.leggauss(100)
     s = np.sqrt(special.chdtri(dof, (1 - nodes) / 2) / dof)
-    different, counts = np.unique(sizes, return_counts=True)
-    p_values = []
-    for t in statistics:
-        inside = np.ones((len(z), len(s)))
-        for size, count in zip(different, counts):
-            shared, own = np.sqrt(size / (size + baseline_size)), np.sqrt(baseline_size / (size + baseline_size))
-            inside *= (special.ndtr((t * s - shared * z) / own) - special.ndtr((-t * s - shared * z) / own)) ** count
-        p_values.append(1 - z_weights @ inside @ s_weights / (2 * z_weights.sum()))
-    return np.clip(p_values, 0, 1)
+    t, inside = np.reshape(statistics, (-1, 1, 1)), 1.0  # (comparisons, z, s)
+    for size, count in zip(*np.unique(sizes, return_counts=True)):
+        shared, own = np.sqrt(size / (size + baseline_size)), np.sqrt(baseline_size / (size + baseline_size))
+        inside *= (special.ndtr((t * s - shared * z) / own) - special.ndtr((-t * s - shared * z) / own)) ** count
+    return np.clip(1 - z_weights @ inside @ s_weights / (2 * z_weights.sum()), 0, 1)
 
 
 def critical_value(sizes: np.ndarray, baseline_size: int, dof: int) -> float:

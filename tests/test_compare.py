@@ -105,6 +105,7 @@ def test_a_comparison_of_peculiar_runs_is_as_approved(two, capsys):
     write(two / "unfinished" / "0.txt", result_lines([10.0, 4.5, 3.3], total=40))
     write(two / "unfinished" / "1.txt", result_lines([10.0, float("nan")], total=40))
     write(two / "unfinished" / "2.txt", format_step_line(1, 40, 100))
+    write(two / "longer" / "0.txt", result_lines([10.0, 4.5, 3.3, 3, 2.9, 2.89], total=60))  # at step 50
     write(two / "ours" / "0.txt", our_log(result_lines(SHAPE), seed=5))
     assert_approved(run(capsys, two, "--verbose", "--power", "0.01")[1], "peculiar_comparison.txt")
 
@@ -215,7 +216,11 @@ def test_a_hundred_configurations_take_less_than_ten_seconds(tmp_path, capsys):
     ([[0, 13], [1, 14], [2, 15]], {"value_embedding_gate": True}, "other keys")])
 def test_the_forest_groups_by_what_a_configuration_changes(entries, keys, group):
     baseline = {"value_embeddings": [[0, 13], [1, 14], [2, 15]], "value_embedding_gate": False}
-    assert question(baseline | {"value_embeddings": entries, "seed": 3} | keys, baseline) == group
+    keys = baseline | {"value_embeddings": entries, "seed": 3} | keys
+    assert question(keys, baseline) == group
+    if group != "other keys":  # a header has all keys, and a config only some
+        bare = {"value_embeddings": baseline["value_embeddings"]}
+        assert question(keys | {"run_id": 0, "vocab_size": 9}, bare) == group
 
 
 @pytest.mark.parametrize("name, map_of", [("share_01_1415", "share_01_1415"), ("mirror_3_5820", "mirror_3"),

@@ -122,6 +122,7 @@ def test_text_streams(tmp_path):
     (["nowhere"], "nowhere: cannot be read: No such file or directory; check its path"),
     (["loop"], "loop: cannot be read: Too many levels"),
     (["book", "--vocab_size=x"], "argument --vocab_size: invalid int value: 'x'; see --help"),
+    (["book", "--vocab_size=0"], "--vocab_size is 0; use at least 258: the bytes, a pair and the end of text"),
     (["book", "--vocab_size=300", "--tokenizer=x"], "not allowed with"),
     (["book", "--tokenizer=short"], "short: not a tokenizer: "),
     (["book", "--tokenizer=nowhere"], "nowhere: not a tokenizer: No such file"),

@@ -93,9 +93,13 @@ def test_a_configuration_has_the_shortest_unique_name(tmp_path, files, paths, na
 
 
 def test_logs_in_deeper_folders_and_other_files_are_skipped_with_a_line(tmp_path):
+    """Links to the folder itself do not matter."""
     for file in ("l/base/0.txt", "l/tiny/base/0.txt", "l/tiny/base/1.txt", "a.py", "requirements.txt", "x/a.pyc"):
         write(tmp_path / file, TWO)
-    configurations, notes = read_configurations(sorted([*tmp_path.iterdir(), tmp_path / "nowhere"]))
+    paths = sorted([*tmp_path.iterdir(), tmp_path / "nowhere"])
+    for link in ("l/again", "l/and again"):
+        (tmp_path / link).symlink_to(tmp_path / "l")
+    configurations, notes = read_configurations(paths)
     no_logs = "skipped, no logs (*.txt, *.log)"
     assert list(configurations) == ["base"] and [note.split(": ")[1] for note in notes] == [
         no_logs, "skipped 2 logs in deeper folders; name their folder", "no such file", no_logs, no_logs]
@@ -114,6 +118,7 @@ def test_runs_of_one_folder_are_split_where_they_differ(tmp_path, text, change):
     write(tmp_path / "c" / "0.txt", our_log(TWO))
     write(tmp_path / "c" / "1.txt", text)
     write(tmp_path / "c:2" / "0.txt", TWO)
+    write(tmp_path / "c" / "2.txt", our_log(TWO, value_embedding_lr=7.0))
     configurations, notes = read_configurations([tmp_path])
-    assert list(configurations) == (["c", "c:3", "c:2"] if change else ["c", "c:2"])
-    assert notes == [f"c:3 (1.txt) is split from c: {change}"] * bool(change)
+    assert list(configurations) == (["c", "c:3", "c:4", "c:2"] if change else ["c", "c:3", "c:2"])
+    assert notes[:-1] == [f"c:3 (1.txt) is split from c: {change}"] * bool(change) and "(2.txt) is split" in notes[-1]

@@ -47,6 +47,7 @@ def test_a_last_interval_of_less_than_a_hundredth_of_the_steps_is_joined_with_th
     curve = Curve(np.array([0, 100, 200, 201]), np.array([9, 3, 2.9, 2.9]), np.array([0, 10, 20, 20.1]))
     assert final_slopes(curve) == pytest.approx((-0.1 / 101, -0.1 / 10.1))
     assert final_slopes(curve._replace(losses=np.array([9, 3, 3.1, 3.1]))) is None
+    assert final_slopes(Curve(*(column[2:] for column in curve))) is None  # nothing lies before
 
 
 def test_the_mean_curve_covers_the_validations_that_all_runs_share():
