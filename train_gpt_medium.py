@@ -94,7 +94,7 @@ class Hyperparameters:
     end_of_text: int | None = key(None, "token id that starts each document; default: the last id", min=0, scale=True)
     num_heads: int = key(8, "attention heads", min=1, max=256, scale=True)
     model_dim: int = key(1024, f"width, {HEAD_DIM} * num_heads", min=1, scale=True)
-    target_loss: float = key(2.92, "validation loss to which compare takes the time", min=0, max=1000, scale=True)
+    target_loss: float = key(2.92, "validation loss to which compare measures the time", min=0, max=1000, scale=True)
     val_loss_every: int = key(125, "steps between validations; 0: only at the end", min=0, scale=True)
     warmup_steps: int = key(10, "untimed steps that compile every kernel and are then undone", min=0, scale=True)
     coordinate_descent_tuning: bool = key(False, "let the compiler search longer for faster kernels (CUDA only)")
@@ -131,12 +131,13 @@ def count_to_row_end(blocks: Tensor) -> Tensor:
 def visible_blocks(docs: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
     """Return the partial and the full key blocks of each query block, bool (query blocks, key blocks).
 
-    `docs` (T,) is each token's document. The window keeps the nearest window - 1 full blocks, then the nearest partial
-    ones that still fit, but at least one. It is a 0-dimensional int32 tensor: a new value does not recompile anything.
+    `docs` (T,) is each token's document. `window` counts blocks: it keeps the nearest `window - 1` full ones, then the
+    nearest partial ones that still fit, but at least one. It is a 0-dimensional int32 tensor, so that a new value does
+    not recompile anything.
     """
     first, last = docs.view(-1, BLOCK_SIZE)[:, 0], docs.view(-1, BLOCK_SIZE)[:, -1]
     block = torch.arange(len(first), device=docs.device)
-    # Document numbers never fall, so one comparison decides for key blocks that do not follow the query block.
+    # Document numbers never fall, so a key block up to the query block shares a document with it if last >= first.
     visible = (block <= block[:, None]) & (last >= first[:, None])
     full = (block < block[:, None]) & (first == last[:, None])
     partial = visible & ~full
@@ -583,7 +584,7 @@ def muon_momentum(step: int) -> float:
 
 
 def window_blocks(step: int, num_iterations: int) -> int:
-    """Return the long window in blocks: a cubic of the progress, from 1 block to MAX_WINDOW tokens."""
+    """Return the long window in blocks: a cubic of the progress, from 1 block to at most MAX_WINDOW tokens."""
     x = step / num_iterations
     return max(1, math.ceil(MAX_WINDOW * (4 * x**3 - 6 * x**2 + 3 * x) / BLOCK_SIZE))
 
@@ -818,8 +819,8 @@ def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str,
 def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
     """Check a config and return what configs/run_queue.py needs.
 
-    "refusal" says why this machine cannot train it, and "data_fault" why its data or its finished runs forbid it; they
-    are "" if nothing does. "fetch" is the command that gets missing data, or [].
+    "refusal" says why this machine cannot train it, "data_fault" why its data or its finished runs forbid it; "" means
+    no reason. "fetch" is the command that gets missing data, or [].
     """
     hp, (devices, device_kind) = load(Hyperparameters, config, overrides), distributed.count_devices()
     drawing, device_type = check_run(hp, config, world_size=1), "cuda" if device_kind == "GPUs" else "cpu"

@@ -36,7 +36,7 @@ def read_entry(entry: list | dict) -> Source:
 
 
 def max_heads(num_heads: int, scale: str) -> int:
-    """Return the heads of which an entry's `heads` are a part: under a smaller scale, the published 8."""
+    """Return the heads that an entry's `heads` is a share of: the published 8 under a smaller scale."""
     return max(PUBLISHED_HEADS, num_heads) if scale else num_heads
 
 
@@ -62,7 +62,8 @@ def check_layers(layers: list) -> list[int]:
 def check_betas(betas: list) -> list[float]:
     """Return AdamW's two betas. Raises ValueError unless they are two numbers from 0 to below 1."""
     if len(betas) != 2 or not all(type(beta) in (int, float) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"{json.dumps(betas, default=str)} is not two numbers from 0 to below 1, as in [0.8, 0.95]")
+        raise ValueError(f"{json.dumps(betas, default=str)} is not two numbers from 0 to below 1; "
+                         "use two such numbers, as in [0.8, 0.95]")
     return [float(beta) for beta in betas]
 
 

@@ -36,7 +36,10 @@ TYPES: dict[Any, tuple[str, set[type]]] = {
 
 def key(default: Any, meaning: str, *, min: float = -math.inf, max: float = math.inf, multiple_of: int = 1,
         check: Callable[[Any], Any] = lambda value: value, scale: bool = False) -> Any:
-    """Make the field of a config key. `check` returns the value, normalized if need be, or raises ValueError."""
+    """Make the field of a config key. `check` returns the value, normalized if need be, or raises ValueError.
+
+    `scale` lets a scale file set the key.
+    """
     metadata = dict(meaning=meaning, limits=(min, max, multiple_of), check=check, scale=scale)
     return field(default_factory=lambda: default, metadata=metadata)
 

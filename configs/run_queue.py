@@ -47,19 +47,19 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     numbers = parser.add_mutually_exclusive_group()
     numbers.add_argument("-n", type=int, default=1)
     numbers.add_argument("--run_id", type=int, default=0)
-    numbers.add_argument("--smoke", action="store_true")  # once each
+    numbers.add_argument("--smoke", action="store_true")  # it trains each config once
     parser.add_argument("--notify", default="")
     parser.add_argument("--check", action="store_true")
     options, words = parser.parse_known_args(arguments)
     if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
-        raise ValueError("-n takes the number of runs, 1 to 999, and --run_id the number of a run, 0 to 999")
+        raise ValueError("-n or --run_id is out of range; use -n 1 to 999 (runs), or --run_id 0 to 999 (one run)")
     with error_context("--notify"):
         options.notify = shlex.split(options.notify)
     wrong = [word for word in words if re.match(r"-[^-.\d]|--json", word)]
     wrong += [word for word in options.notify[:1] if not shutil.which(word)]
     if wrong:
-        raise ValueError(f"{wrong[0]}: no such option or command; quote COMMAND, as in --notify 'mail -s done me'")
-    options.notify[:1] = [os.path.abspath(shutil.which(word)) for word in options.notify[:1]]  # as seen from here
+        raise ValueError(f"{wrong[0]}: no such option or command; see --help, or quote COMMAND: --notify 'mail me'")
+    options.notify[:1] = [os.path.abspath(shutil.which(word)) for word in options.notify[:1]]  # main changes the folder
     configs, overrides, rest = [], [], iter(words)
     for word in rest:
         if word.startswith("--"):
@@ -128,7 +128,10 @@ def prepare_smoke_test(e: SimpleNamespace, folder: str) -> list[str]:
 
 
 def lock(path: Path, operation: int) -> int:
-    """Lock a queue's file and return its descriptor, after the run of a killed queue. Raises ValueError for another."""
+    """Lock a queue's file and return its descriptor; wait for a killed queue's run to stop.
+
+    Raises ValueError if another queue holds it.
+    """
     with error_context("cannot keep the queue's state; make its file writable"):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     for attempt in itertools.count():
@@ -310,7 +313,7 @@ def main(arguments: list[str]) -> int:
         queue = None if options.check else Queue(options.notify)
         if options.smoke or not configs:
             configs, note = configs or ["configs/baseline.toml"], ""
-            # The other options may fit scale tiny only: check them once it is chosen.
+            # Other options may be valid only at scale tiny, so choose it before checking them.
             first = describe(configs[:1], [word for word in overrides if word.startswith("--scale=")])[0]
             if first.device_kind == "CPU cores" and not first.configuration["scale"]:
                 overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"

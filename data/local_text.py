@@ -81,7 +81,7 @@ def to_texts(piece: np.ndarray) -> list[str]:
 
 
 def make_tokenizer(file: Path | None, vocab_size: int, pieces: Iterator[np.ndarray]) -> Any:
-    """Return a file's tokenizer, or one of the frequent byte pairs in the pieces; add an end of text if it has none."""
+    """Return a file's tokenizer, or train one on the pieces' byte pairs; add an end of text if it lacks one."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
     if file:
         tokenizer = Tokenizer.from_file(str(file))
@@ -97,7 +97,7 @@ def make_tokenizer(file: Path | None, vocab_size: int, pieces: Iterator[np.ndarr
 
 
 def encode(pieces: Iterator[np.ndarray], tokenizer: Any, eot_id: int, counts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield pieces of bytes as the tokenizer's ids, or as they are without one; add each id's number to `counts`."""
+    """Yield pieces of bytes as the tokenizer's ids, or unchanged without one; add each id's frequency to `counts`."""
     for piece in pieces:
         if tokenizer:
             texts = tokenizer.encode_batch_fast(to_texts(piece), add_special_tokens=False)

@@ -151,7 +151,7 @@ def describe_unfinished(comparison: Comparison, name: str, run: Result) -> str:
 def machines_of_times(comparison: Comparison) -> dict[str, list[str]]:
     """Return the machines of the runs whose times are compared, with the configurations on each.
 
-    Return {} if every configuration ran on all of them: then they differ within configurations, not between them.
+    Return {} if every configuration ran on every machine: then machines do not differ between configurations.
     """
     found: dict[str, list[str]] = {}
     for name in comparison.time.samples:
@@ -180,7 +180,8 @@ def remarks(comparison: Comparison) -> list[str]:
               "curve." for name, i, p in comparison.loss.outliers()]
     for what, family in (("loss", comparison.loss), ("time", comparison.time)):
         if family.variance_p < 0.01:
-            lines.append(f"Variances of {what} differ (Brown-Forsythe p {family.variance_p:.1g}); its p is rough.")
+            p = f"{family.variance_p:.1g}"
+            lines.append(f"Variances of {what} differ (Brown-Forsythe p {p}); Dunnett's p is rough.")
     finished = [name for name, own in comparison.finished.items() if own]
     if others := [name for name in finished if name in comparison.alike and name not in comparison.loss.samples]:
         lines.append(f"Of another length, so compared in time only: {', '.join(others)}.")
@@ -241,7 +242,7 @@ def notes(comparison: Comparison, delta: float | None) -> list[str]:
     for what, unit, family in (("loss", "nats", comparison.loss), ("time", "s", comparison.time)):
         if not family.deviation:
             near = "reach the target and " if family is comparison.time else ""
-            lines.append(f"No test of {what}: it needs two runs of a configuration that {near}differ.")
+            lines.append(f"No test of {what}: it needs a configuration with two runs that {near}differ.")
         elif family.effects:
             lines.append(f"{what}: ± and p by Dunnett's test, {len(family.effects)} at once; deviation "
                          f"{family.deviation:.3g} {unit}, {family.dof} degrees of freedom.")
@@ -279,8 +280,8 @@ def report(comparison: Comparison, entries: list[dict[str, Any]], ranking: Ranki
     described = sorted(entries, key=lambda entry: entry["name"] != comparison.baseline)  # the baseline first
     sentences = [sentence(comparison, entry) for entry in described if options.verbose or len(entries) <= MAX_SENTENCES]
     order = [f"Spearman's correlation with {options.against}: {ranking.rho:.2f}, 95% {ranking.low:.2f} to "
-             f"{ranking.high:.2f}, p {ranking.p:.2g}, over {len(ranking.names)} configurations; the runs' noise would "
-             f"lower a perfect order to about {ranking.limit:.2f}."] if ranking else []
+             f"{ranking.high:.2f}, p {ranking.p:.2g}, over {len(ranking.names)} configurations; with the runs' noise, "
+             f"even equal orders would correlate at about {ranking.limit:.2f}."] if ranking else []
     parts = [answer(comparison, runs, missed), table, order, remarks(comparison), sentences, changes(comparison),
              notes(comparison, options.power)]
     wrap = (lambda line: textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))

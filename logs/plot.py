@@ -44,7 +44,7 @@ def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
     """Return one of QUESTIONS: what a configuration changes."""
     if "value_embeddings" not in keys:
         return ""
-    is_one_sided = ("run_id" in keys) != ("run_id" in baseline)  # only headers have it, and all other keys
+    is_one_sided = ("run_id" in keys) != ("run_id" in baseline)  # a header has every key, a config only some
     unknown = keys.keys() ^ baseline.keys() if is_one_sided else set()
     if differences(baseline, keys, RUN_KEYS | {"value_embeddings"} | unknown):
         return "other keys"

@@ -56,7 +56,7 @@ class Result(NamedTuple):
 
 
 def count_runs(header: Header, results: str) -> int:
-    """Count the runs whose logs were joined: steps fall only where one resumes. "Code" that does not parse is logs."""
+    """Count the runs joined in a log: another starts where steps fall without a resume. Unparsable "code" is logs."""
     earlier = header.code if syntax(header.code) == header.code else ""
     steps = [[line.step for line in parse_step_lines(part)] for part in RESUMED.split(f"{earlier}\n{results}")]
     return 1 + sum(b < a for part in steps for a, b in zip(part, part[1:]))
@@ -118,11 +118,11 @@ def known_keys(name: str, run: Result) -> dict[str, Any]:
         defaults = tomllib.loads(config.with_stem("baseline").read_text(encoding="utf-8"))
         return defaults | tomllib.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{config}: {error}; correct it, because {name} has its name and no header") from None
+        raise ValueError(f"{config}: {error}; correct this file: {name} has no header and takes its keys") from None
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return the files below a folder, sorted, also through links but each folder once, without hidden ones."""
+    """Return the sorted files below a folder: follow links, visit each folder once, leave out hidden names."""
     found, seen = [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:

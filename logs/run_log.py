@@ -196,7 +196,7 @@ class RunLog:
 
 
 def open_log(path: Path, is_new: bool) -> RunLog:
-    """Open a run's log; if it is new, under the first number from the path's on that no log or checkpoint has.
+    """Open a run's log. A new one takes the first number, from the path's on, that no log or checkpoint has.
 
     Raises OSError if the log cannot be written.
     """

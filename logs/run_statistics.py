@@ -206,7 +206,11 @@ def mean_curve(runs: list[Result]) -> Curve:
 
 
 class Comparison:
-    """Compare all configurations with the baseline. Raises ValueError if it is not among them."""
+    """Compare all configurations with the baseline. Raises ValueError if it is not among them.
+
+    By name: `runs` are all, `finished` those with an end; `alike` names those validated like the baseline, and
+    `loss.samples` and `time.samples` those tested. `keys` come from the header or the config.
+    """
 
     def __init__(self, runs: dict[str, list[Result]], baseline: str, target: float | None):
         if baseline not in runs:

@@ -195,17 +195,17 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, fragment", [
-    (["-n", "0"], "-n takes the number of runs, 1 to 999"),
-    alike(["-n", "1000"], "-n takes the number of runs, 1 to 999"),
+    (["-n", "0"], "-n or --run_id is out of range; use -n 1 to 999 (runs), or"),
+    alike(["-n", "1000"], "-n or --run_id is out of range; use -n 1 to 999 (runs), or"),
     alike(["-n", "x"], "argument -n: invalid int value: 'x'"), alike(["-n"], "argument -n: expected one argument"),
     (["-n", "2", "--run_id", "3"], "argument --run_id: not allowed with argument -n"),
-    (["--run_id", "-1"], "--run_id the number of a run, 0 to 999"),
+    (["--run_id", "-1"], "--run_id 0 to 999 (one run)"),
     (["one.toml"], "one.toml: another config logs to logs/one too; rename one, or list the config only once"),
     alike(["-n", "2", "--seed", "5"], "one.toml: seed: all 2 runs would be equal"),
     (["-n", "2", "seeded.toml"], "seeded.toml: seed: all 2 runs would be equal"),
     (["numbered.toml"], "numbered.toml: run_id: the queue numbers the runs"),
-    (["--notify", "no-such-command x"], "no-such-command: no such option or command; quote COMMAND"),
-    alike(["--notify", "sh", "-s", "done"], "-s: no such option or command; quote COMMAND"),
+    (["--notify", "no-such-command x"], "no-such-command: no such option or command; see --help, or quote COMMAND"),
+    alike(["--notify", "sh", "-s", "done"], "-s: no such option or command; see --help, or quote COMMAND"),
     alike(["--notify", "'"], "--notify: No closing quotation"), alike(["--json"], "--json: no such option or command"),
     (["wrong.toml"], "train_gpt_medium.py: wrong.toml: a mistake"), (["large.toml"], "large.toml: too large for a CPU"),
     (["--smoke", "-n", "2"], "argument -n: not allowed with argument --smoke"),
