@@ -816,13 +816,15 @@ def check_data(hp: Hyperparameters, config: Path, device_type: str) -> dict[str,
     return identity
 
 
-def check_for_queue(config: Path, overrides: dict[str, str]) -> dict[str, Any]:
+def check_for_queue(config: Path, overrides: dict[str, str], cpu_scale: str = "") -> dict[str, Any]:
     """Check a config and return what configs/run_queue.py needs.
 
     "refusal" says why this machine cannot train it, "data_fault" why its data or its finished runs forbid it; "" means
     no reason. "fetch" is the command that gets missing data, or [].
     """
     hp, (devices, device_kind) = load(Hyperparameters, config, overrides), distributed.count_devices()
+    if cpu_scale and device_kind == "CPU cores" and not hp.scale:
+        hp = load(Hyperparameters, config, overrides | {"scale": cpu_scale})
     drawing, device_type = check_run(hp, config, world_size=1), "cuda" if device_kind == "GPUs" else "cpu"
     fetch, refusal, data_fault = [], "", ""
     try:
@@ -846,7 +848,8 @@ def main(arguments: list[str]) -> int:
     distributed.start_process_group()
     configs, overrides, options = on_all_ranks(parse_command_line, Hyperparameters, arguments, __doc__)
     if options.json:
-        run_log.say(json.dumps([on_all_ranks(check_for_queue, config, overrides) for config in configs]))
+        described = [on_all_ranks(check_for_queue, config, overrides, options.cpu_scale) for config in configs]
+        run_log.say(json.dumps(described))
         return 0
     config, hp = configs[0], on_all_ranks(load, Hyperparameters, configs[0], overrides)
     device = on_all_ranks(distributed.find_device)

@@ -162,6 +162,7 @@ def parse_command_line(cls: type, arguments: Sequence[str], about: str) -> tuple
     parser.add_argument("configs", metavar="CONFIG.toml", nargs="+" if "--json" in arguments else 1, type=Path)
     parser.add_argument("--check", action="store_true", help="check config and data, draw the map, and exit")
     parser.add_argument("--json", action="store_true", help="check, and print a JSON object for each config")
+    parser.add_argument("--cpu_scale", default="", help=SUPPRESS)  # with --json: for configs without a scale, on a CPU
     for f in fields(cls):
         default, meaning = f.default_factory(), f.metadata["meaning"]
         shown = "" if default in ("", None) else f" (default: {json.dumps(default)})"

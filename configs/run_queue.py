@@ -53,13 +53,14 @@ def parse_options(arguments: list[str]) -> tuple[Any, list[str], list[str]]:
     options, words = parser.parse_known_args(arguments)
     if not (1 <= options.n <= 999 and 0 <= options.run_id <= 999):
         raise ValueError("-n or --run_id is out of range; use -n 1 to 999 (runs), or --run_id 0 to 999 (one run)")
+    if options.check and options.smoke:
+        raise ValueError("--check trains nothing; omit it, or omit --smoke")
     with error_context("--notify"):
         options.notify = shlex.split(options.notify)
     wrong = [word for word in words if re.match(r"-[^-.\d]|--json", word)]
     wrong += [word for word in options.notify[:1] if not shutil.which(word)]
     if wrong:
         raise ValueError(f"{wrong[0]}: no such option or command; see --help, or quote COMMAND: --notify 'mail me'")
-    options.notify[:1] = [os.path.abspath(shutil.which(word)) for word in options.notify[:1]]  # main changes the folder
     configs, overrides, rest = [], [], iter(words)
     for word in rest:
         if word.startswith("--"):
@@ -121,9 +122,10 @@ def prepare_smoke_test(e: SimpleNamespace, folder: str) -> list[str]:
     with error_context(f"cannot write synthetic shards to {folder}; set TMPDIR to a folder with space"):
         for name, num_tokens in (("train", steps * step_tokens), ("val", val_tokens)):
             write_synthetic_shard(Path(folder, f"{name}.bin"), num_tokens + 2, full["vocab_size"], e.eot_id)
-    keys = dict(train_files=f"{folder}/train.bin", val_files=f"{folder}/val.bin", val_tokens=val_tokens, log_dir=folder,
-                num_iterations=steps, val_loss_every=steps, warmup_steps=max(1, full["warmup_steps"]),
-                checkpoint_every=0, save_checkpoint="false", coordinate_descent_tuning="false")
+    keys = dict(scale=full["scale"], train_files=f"{folder}/train.bin", val_files=f"{folder}/val.bin",
+                val_tokens=val_tokens, log_dir=folder, num_iterations=steps, val_loss_every=steps,
+                warmup_steps=max(1, full["warmup_steps"]), checkpoint_every=0, save_checkpoint="false",
+                coordinate_descent_tuning="false")
     return [f"--{name}={value}" for name, value in keys.items()]
 
 
@@ -144,7 +146,7 @@ def lock(path: Path, operation: int) -> int:
             where, fix = ("", f": kill {pid}") if is_here else (" of another container or boot", " there")
             raise ValueError(f"process {pid}{where} is already running a queue on {path.stem[len('.queue.'):]}, since "
                              f"{state.get('started')}; wait until it ends (./run.sh status), or stop it{fix}")
-        if attempt == 10 and not pid:
+        if attempt >= 10 and not pid:
             raise ValueError(f"another queue holds {path} and could not write to it; wait until that queue ends")
         if attempt == 10:  # a killed queue leaves the lock to its run's torchrun, which is stopping
             say(f"run.sh: waiting for {state.get('log')} to stop; its queue was killed")
@@ -154,9 +156,10 @@ def lock(path: Path, operation: int) -> int:
 class Queue:
     """Train runs one after the other. The first signal stops the queue and its run; a later Ctrl-C kills the run."""
 
-    def __init__(self, notify: list[str]):
+    def __init__(self, notify: list[str], notify_folder: str):
         """Become the only queue of this checkout on these GPUs. Raises ValueError if another one uses any of them."""
-        self.notify_words, self.state, self.signals, self.stopped = notify, {}, [], ""
+        self.notify_words, self.notify_folder = notify, notify_folder
+        self.state, self.signals, self.stopped = {}, [], ""
         self.outcomes: dict[Path, str] = {}  # log -> why its run failed or diverged, "" if it finished
         # Slurm can number the GPUs of each job from 0. No numbers: all GPUs.
         gpus = [os.environ.get(name, "").split(",") for name in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES")]
@@ -284,8 +287,8 @@ class Queue:
         say(f"run.sh: {line}", "stderr" if is_fault else "stdout")
         if self.notify_words:
             with suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run([*self.notify_words, line], timeout=30, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                subprocess.run([*self.notify_words, line], cwd=self.notify_folder, timeout=30,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def summarize(self) -> int:
         """Report how many runs ended how. Returns the exit status."""
@@ -308,18 +311,18 @@ def main(arguments: list[str]) -> int:
     try:
         if {"-h", "--help"} & set(arguments):
             return subprocess.call([sys.executable, ROOT / PROGRAM, "--help"])
-        options, configs, overrides = parse_options(arguments)
+        (options, configs, overrides), folder = parse_options(arguments), os.getcwd()
         os.chdir(ROOT)
-        queue = None if options.check else Queue(options.notify)
-        if options.smoke or not configs:
-            configs, note = configs or ["configs/baseline.toml"], ""
-            # Other options may be valid only at scale tiny, so choose it before checking them.
-            first = describe(configs[:1], [word for word in overrides if word.startswith("--scale=")])[0]
-            if first.device_kind == "CPU cores" and not first.configuration["scale"]:
-                overrides, note = [*overrides, "--scale=tiny"], " --scale tiny, as there is no GPU"
-            say(f"run.sh: using {' '.join(configs)}{note}")
-        experiments = describe(configs, overrides)
-        check_runs(experiments, options.n)
+        queue = None if options.check else Queue(options.notify, folder)
+        may_choose_scale, configs = options.smoke or not configs, configs or ["configs/baseline.toml"]
+        experiments = describe(configs, overrides + ["--cpu_scale=tiny"] * may_choose_scale)
+        for e in experiments if may_choose_scale else []:
+            scale = f"--scale={e.configuration['scale']}"
+            say(f"run.sh: using {e.config}{f' {scale}' * (scale != '--scale=')} on {e.device_kind}")
+            if not options.smoke and scale not in ("--scale=", *overrides):
+                overrides.append(scale)
+        if not options.smoke:
+            check_runs(experiments, options.n)
         if options.check:
             for e in experiments:
                 ranks = e.refusal or f"ranks: {e.num_ranks} of {e.devices} {e.device_kind}"

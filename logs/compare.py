@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import textwrap
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,17 @@ def list_names(names: list[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
+def count_diverged(runs: list[Result]) -> int:
+    return sum(run.diverged_at is not None and not run.finished for run in runs)
+
+
 def list_verdicts(effects: dict[str, Effect], runs: dict[str, list[Result]]) -> str:
     """List the configurations by verdict, the largest changes first, with a note of runs that diverged."""
     parts, largest_first = [], sorted(effects, key=lambda name: -abs(effects[name].difference))
     for verdict in ("better", "worse", "undecided", "not tested"):
         names = [name for name in largest_first if effects[name].verdict == verdict]
-        diverged = [sum(run.diverged_at is not None and not run.finished for run in runs[name]) for name in names]
-        names = [f"{name} ({n} of {len(runs[name])} runs diverged)" if n else name for name, n in zip(names, diverged)]
+        names = [f"{name} ({n} of {len(runs[name])} runs diverged)" if (n := count_diverged(runs[name])) else name
+                 for name in names]
         if names:
             parts.append(f"{verdict}: {list_names(names)}.")
     return " ".join(parts)
@@ -82,8 +87,12 @@ def answer(comparison: Comparison, num_runs: int, missed: int) -> list[str]:
     baseline, target = comparison.baseline, f"{comparison.target:g}"
     verdicts = list_verdicts(comparison.loss.effects, comparison.runs)
     lines = [verdicts or f"no configuration to compare with {baseline} in loss."]
+    if diverged := [f"{name} ({n} of {len(runs)} runs)" for name, runs in comparison.runs.items()
+                    if name not in comparison.loss.effects and (n := count_diverged(runs))]:
+        lines.append(f"Diverged: {list_names(diverged)}.")
     code = {name: syntax(run.header.code) for name, (run, *_) in comparison.runs.items()}
-    if others := [name for name in comparison.loss.effects if code[name] != code[baseline]]:
+    compared = comparison.loss.effects | comparison.time.effects
+    if others := [name for name in compared if code[name] != code[baseline]]:
         lines.append(f"Code other than the baseline's, or unknown: {list_names(others)}.")
     if any(effect.p is not None for effect in comparison.time.effects.values()):
         caution = ", on different machines" if machines_of_times(comparison) else ""
@@ -142,7 +151,7 @@ def describe_unfinished(comparison: Comparison, name: str, run: Result) -> str:
     if not len(curve.steps):
         return f"{run.path.name} is not finished"
     text = f"{run.path.name} is at step {curve.steps[-1]:.0f} of {run.num_iterations} with loss {curve.losses[-1]:.6f}"
-    if name not in comparison.alike or curve.steps[-1] > baseline.steps.max(initial=-1):
+    if name not in comparison.alike or not baseline.steps.min(initial=np.inf) <= curve.steps[-1] <= baseline.steps[-1]:
         return text
     there = np.interp(curve.steps[-1], baseline.steps, baseline.losses)
     return f"{text}, {curve.losses[-1] - there:+.6f} relative to the baseline"
@@ -151,19 +160,22 @@ def describe_unfinished(comparison: Comparison, name: str, run: Result) -> str:
 def machines_of_times(comparison: Comparison) -> dict[str, list[str]]:
     """Return the machines of the runs whose times are compared, with the configurations on each.
 
-    Return {} if every configuration ran on every machine: then machines do not differ between configurations.
+    Return {} if every configuration ran on every machine in the same proportion.
     """
     found: dict[str, list[str]] = {}
+    shares = set()
     for name in comparison.time.samples:
-        for machine in sorted(set().union(*(run.machines for run in comparison.finished[name]))):
+        counts = Counter(machine for run in comparison.finished[name] for machine in run.machines)
+        shares.add(frozenset((machine, n / len(comparison.finished[name])) for machine, n in counts.items()))
+        for machine in sorted(counts):
             found.setdefault(machine, []).append(name)
-    return found if any(len(names) < len(comparison.time.samples) for names in found.values()) else {}
+    return found if len(shares) > 1 else {}
 
 
 def count_tokens(run: Result) -> int | None:
     """Return the tokens that a run trains on; None if its log does not say."""
     sizes = [run.header.configuration.get(key) for key in ("sequences_per_step", "train_seq_len")]
-    return None if None in sizes else run.num_iterations * sizes[0] * sizes[1]
+    return run.num_iterations * sizes[0] * sizes[1] if all(type(n) is int and n > 0 for n in sizes) else None
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -197,7 +209,7 @@ def remarks(comparison: Comparison) -> list[str]:
         if tokens.get(name) and tokens.get(baseline) not in (None, tokens[name]):
             lines.append(f"{name} trains on {tokens[name] / tokens[baseline]:.3g} times the baseline's tokens.")
         settings = [run.header.configuration for run in own]
-        starts = [each.get("init_sha256", each["seed"]) for each in settings if "seed" in each]
+        starts = [str(each.get("init_sha256", each["seed"])) for each in settings if "seed" in each]
         if len(set(starts)) < len(starts):
             lines.append(f"{name}: runs from one seed or checkpoint are not repeats; they understate the deviation.")
     for name, (run, *_) in comparison.runs.items():

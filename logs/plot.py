@@ -18,6 +18,8 @@ COLORS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 QUESTIONS = ("baseline", "more tables", "fewer tables", "shared by neighbors", "shifted", "other sources", "other keys",
              "")
 NUM_LAYERS, NO_ATTENTION_LAYER = 16, 7  # as in configs/checks.py, which this package must not import
+DEFAULTS = {"value_embeddings_only": [], "value_embedding_gate": False, "value_embedding_std": 1.0,  # the script's
+            "value_embedding_lr": 0.3, "value_embedding_weight_decay": 0.0, "value_embedding_betas": [0.8, 0.95]}
 SUFFIXES = (".png", ".svg", ".pdf")
 NEAR = 0.05  # nats above the target, where --plot starts
 MAX_BANDS = 3
@@ -42,8 +44,9 @@ def layers_of(keys: dict[str, Any]) -> list[list[int]]:
 
 def question(keys: dict[str, Any], baseline: dict[str, Any]) -> str:
     """Return one of QUESTIONS: what a configuration changes."""
-    if "value_embeddings" not in keys:
+    if "value_embeddings" not in keys or "value_embeddings" not in baseline:
         return ""
+    keys, baseline = DEFAULTS | keys, DEFAULTS | baseline
     is_one_sided = ("run_id" in keys) != ("run_id" in baseline)  # a header has every key, a config only some
     unknown = keys.keys() ^ baseline.keys() if is_one_sided else set()
     if differences(baseline, keys, RUN_KEYS | {"value_embeddings"} | unknown):

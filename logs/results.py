@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,28 +110,31 @@ def known_keys(name: str, run: Result) -> dict[str, Any]:
 
     The published folders' names can end in the number of steps, or in _ttest.
     """
-    own = name.split("/")[-1]
-    stems = own, re.sub(r"_(5\d{3}|ttest)$", "", own)
-    config = next((path for path in (ROOT / f"configs/{stem}.toml" for stem in stems) if path.is_file()), None)
-    if any(run.header) or config is None:
+    if any(run.header):
         return run.header.configuration
-    try:
-        defaults = tomllib.loads(config.with_stem("baseline").read_text(encoding="utf-8"))
-        return defaults | tomllib.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config}: {error}; correct this file: {name} has no header and takes its keys") from None
+    own, keys = name.split("/")[-1], {}
+    stems = [own, re.sub(r"_(5\d{3}|ttest)$", "", own)]
+    config = next((path for path in (ROOT / f"configs/{stem}.toml" for stem in stems) if path.is_file()), None)
+    for path in (config.with_stem("baseline"), config) if config else ():
+        try:
+            keys |= tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; correct this file: {name} has no header and takes its keys") from None
+    return keys
 
 
 def files_below(folder: Path) -> list[Path]:
     """Return the sorted files below a folder: follow links, visit each folder once, leave out hidden names."""
-    found, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(root, name) for name in files if name[0] != "."]
+    found, seen, level = [], set(), [folder]
+    while level:  # of several paths to one folder the shortest counts and, among those, one that is not a link
+        below = []
+        for root in level:
+            if (real := os.path.realpath(root)) not in seen:
+                seen.add(real)
+                with suppress(OSError):
+                    for path in (path for path in root.iterdir() if path.name[0] != "."):
+                        (below if path.is_dir() else found).append(path)
+        level = sorted(below, key=lambda path: (path.is_symlink(), path))
     return sorted(found)
 
 
@@ -140,15 +144,16 @@ def find_logs(paths: list[Path]) -> tuple[dict[Path, set[Path]], list[str]]:
     Logs in a folder and one level below it count; if there are none, those of the next level that has some.
     """
     found: dict[Path, set[Path]] = defaultdict(set)
-    notes = []
+    notes, seen = [], set()
     for given in paths:
-        path = Path(os.path.realpath(given))  # so that a log named twice counts once
+        path = Path(os.path.realpath(given))
         logs = [log for log in (files_below(path) if path.is_dir() else [path])
                 if log.suffix in (".txt", ".log") and log.name != "requirements.txt" and log.is_file()]
         depths = [max(2, len(log.relative_to(path).parts)) for log in logs]
         near = [log for log, depth in zip(logs, depths) if depth == min(depths)]
-        for log in near:
-            if not any(log in known for known in found.values()):
+        for log in sorted(near, key=Path.is_symlink):  # a log before the links to it
+            if (real := os.path.realpath(log)) not in seen:
+                seen.add(real)
                 found[log.parent if path.is_dir() else log].add(log)
         if not near:
             notes.append(f"{given}: {'skipped, no logs (*.txt, *.log)' if path.exists() else 'no such file'}")

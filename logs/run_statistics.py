@@ -223,7 +223,8 @@ class Comparison:
         self.losses = {n: np.array([run.curve.losses[-1] for run in group]) for n, group in self.finished.items()}
         self.curves = {name: mean_curve(group) for name, group in self.finished.items()}
         first = runs[baseline][0]
-        slopes = final_slopes(self.curves[baseline]) if first.end == first.num_iterations else None  # not with --at
+        is_cut = any(run.end < run.num_iterations for group in runs.values() for run in group)  # by --at
+        slopes = None if is_cut else final_slopes(self.curves[baseline])
         self.crossings = {name: find_crossing(curve, target, slopes) for name, curve in self.curves.items()}
         self.own_crossings = {n: [find_crossing(r.curve, target, slopes) for r in g] for n, g in self.finished.items()}
         # Losses are comparable between runs of one length; times to the target between all that validate alike.

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 def read_state(path: Path) -> dict:
     """Return the state in a queue's file; {} before the queue has written it."""
     with suppress(OSError, ValueError):
-        return json.loads(path.read_text().partition("\n")[0])
+        return json.loads(path.read_text().partition("\n")[0]) or {}
     return {}
 
 

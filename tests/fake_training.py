@@ -40,6 +40,8 @@ def check(words):
     """Answer `--check --json`."""
     assert not os.path.exists("crash")
     options, experiments = [word for word in words if word.startswith("--")], []
+    if "--cpu_scale=tiny" in options and "KIND" not in os.environ and "--scale=small" not in options:
+        options.append("--scale=tiny")
     for config in (word for word in words if not word.startswith("--")):
         configuration, how, fetch = resolve(config, options)
         is_large = configuration.get("is_large") and "--scale=tiny" not in options and "KIND" not in os.environ

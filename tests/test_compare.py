@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from test_results import BETTER, SHAPE, TWO, our_log, result_lines, write, write_runs
 
-from logs import compare
+import train_gpt_medium as train
+from logs import compare, plot
 from logs.log_format import ROOT, format_step_line
 from logs.plot import question
 from logs.results import known_keys, read_result, tomllib
@@ -88,7 +89,13 @@ def test_other_validation_data_and_times_of_other_machines_are_named(tmp_path, c
     published = write_runs(tmp_path / "published", [SHAPE, SHAPE + 0.001])
     out = run(capsys, tmp_path / "baseline", published)[1]
     assert "different machines: 8 ranks, A on a (baseline); not stated (published)." in out
-    assert "different machines" not in run(capsys, tmp_path / "resumed", tmp_path / "resumed" / "0.txt")[1]
+    for name, hosts in (("baseline", "ab"), ("other", "ba")):
+        for i, host in enumerate(hosts):
+            session = f"device: 8 ranks, A\nstarted: 2026-11-30 05:00:00 on {host}\n"
+            write(tmp_path / "balanced" / name / f"{i}.txt", our_log(session + result_lines(SHAPE - i / 1000), seed=i))
+    assert "different machines" not in run(capsys, tmp_path / "balanced")[1]
+    write(tmp_path / "balanced" / "other" / "2.txt", our_log(session + result_lines(SHAPE), seed=2))
+    assert "on a (baseline, other); 8 ranks, A on b (baseline, other).\n" in run(capsys, tmp_path / "balanced")[1]
     write(tmp_path / "tiny" / "0.txt", our_log(result_lines(SHAPE), val_tokens=65_536))
     out = run(capsys, published, tmp_path / "tiny")[1]
     assert "not compared: tiny; use one as --baseline." in out and "break-even" not in out
@@ -161,8 +168,10 @@ def test_a_long_task_is_named_every_few_seconds(two, capsys, monkeypatch):
 def test_at_compares_an_earlier_validation_also_of_unfinished_runs(two, capsys):
     write(two / "new" / "0.txt", result_lines([10.0, 4.0, 3.18, 2.93], total=40))
     assert as_json(capsys, two, "--at", 20)["new"]["final_loss_mean"] == pytest.approx(3.18)
-    out = run(capsys, two, "--at", 30)[1]
-    assert "to step 30." in out and "in time to" not in out  # the loss would fall faster than there
+    for step in (30, 40):  # the baseline's length
+        write(two / "new" / "1.txt", result_lines([10.0, 4.5, 3.3, 3, 2.95, 2.9], total=60))
+        out = run(capsys, two, "--at", step, "--target", 2.9)[1]
+        assert f"to step {step}." in out and "in time to" not in out  # slopes differ amid a run
 
 
 def test_runs_that_are_no_fair_comparison_are_named(tmp_path, capsys):
@@ -173,8 +182,9 @@ def test_runs_that_are_no_fair_comparison_are_named(tmp_path, capsys):
             write(tmp_path / name / f"{i}.txt", log)
     write(tmp_path / "diverged" / "2.txt", our_log(result_lines([9, float("nan")], total=40), sequences_per_step=8,
                                                    train_seq_len=64, seed=2))
+    write(tmp_path / "boom" / "0.txt", result_lines([9, float("nan")], total=40))
     out = run(capsys, tmp_path)[1]
-    assert "diverged (1 of 3 runs diverged)" in out.split(".")[0]
+    assert "diverged (1 of 3 runs diverged)" in out.split(".")[0] and "\nDiverged: boom (1 of 1 runs).\n" in out
     assert "\nCode other than the baseline's, or unknown: code.\n" in out
     assert "\ntwice trains on 2 times the baseline's tokens.\n" in out and out.count("are not repeats") == 2
     assert "\ncopies: runs from one seed or checkpoint are not repeats" in out and "\ninit: runs from one seed" in out
@@ -218,9 +228,13 @@ def test_the_forest_groups_by_what_a_configuration_changes(entries, keys, group)
     baseline = {"value_embeddings": [[0, 13], [1, 14], [2, 15]], "value_embedding_gate": False}
     keys = baseline | {"value_embeddings": entries, "seed": 3} | keys
     assert question(keys, baseline) == group
-    if group != "other keys":  # a header has all keys, and a config only some
-        bare = {"value_embeddings": baseline["value_embeddings"]}
-        assert question(keys | {"run_id": 0, "vocab_size": 9}, bare) == group
+    bare = {"value_embeddings": baseline["value_embeddings"]}  # a header has all keys, and a config only some
+    assert question(keys | {"run_id": 0, "vocab_size": 9}, bare) == group and question(keys, {}) == ""
+
+
+def test_the_forest_knows_the_defaults():
+    hp = vars(train.Hyperparameters())
+    assert plot.DEFAULTS == {name: hp[name] for name in plot.DEFAULTS}
 
 
 @pytest.mark.parametrize("name, map_of", [("share_01_1415", "share_01_1415"), ("mirror_3_5820", "mirror_3"),

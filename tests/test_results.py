@@ -93,15 +93,16 @@ def test_a_configuration_has_the_shortest_unique_name(tmp_path, files, paths, na
 
 
 def test_logs_in_deeper_folders_and_other_files_are_skipped_with_a_line(tmp_path):
-    """Links to the folder itself do not matter."""
+    """Links to what is there anyway do not matter."""
     for file in ("l/base/0.txt", "l/tiny/base/0.txt", "l/tiny/base/1.txt", "a.py", "requirements.txt", "x/a.pyc"):
         write(tmp_path / file, TWO)
     paths = sorted([*tmp_path.iterdir(), tmp_path / "nowhere"])
-    for link in ("l/again", "l/and again"):
-        (tmp_path / link).symlink_to(tmp_path / "l")
+    for link, target in (("l/again", "l"), ("l/and again", "l"), ("l/a", "l/base"), ("l/base/1.txt", "l/base/0.txt")):
+        (tmp_path / link).symlink_to(tmp_path / target)
     configurations, notes = read_configurations(paths)
     no_logs = "skipped, no logs (*.txt, *.log)"
-    assert list(configurations) == ["base"] and [note.split(": ")[1] for note in notes] == [
+    assert [*configurations] == ["base"] and len(configurations["base"]) == 1
+    assert [note.split(": ")[1] for note in notes] == [
         no_logs, "skipped 2 logs in deeper folders; name their folder", "no such file", no_logs, no_logs]
 
 

@@ -177,7 +177,7 @@ def test_without_a_config_it_is_the_baseline_and_on_a_cpu_at_scale_tiny(folder, 
     result = run(folder, *words)
     assert started(folder, "options")[0] == [*options, "--run_id=0"] and started(folder) == ["baseline/000.txt"]
     assert "run.sh: using configs/baseline.toml" in result.out.splitlines()[0]
-    assert ("--scale tiny" in result.out) == ("--scale=tiny" in options)
+    assert ("--scale=tiny on CPU cores" in result.out) == ("--scale=tiny" in options)
 
 
 def test_check_starts_and_fetches_nothing(folder, monkeypatch):
@@ -208,6 +208,7 @@ def test_check_starts_and_fetches_nothing(folder, monkeypatch):
     alike(["--notify", "sh", "-s", "done"], "-s: no such option or command; see --help, or quote COMMAND"),
     alike(["--notify", "'"], "--notify: No closing quotation"), alike(["--json"], "--json: no such option or command"),
     (["wrong.toml"], "train_gpt_medium.py: wrong.toml: a mistake"), (["large.toml"], "large.toml: too large for a CPU"),
+    (["--smoke", "--check"], "--check trains nothing; omit it, or omit --smoke"),
     (["--smoke", "-n", "2"], "argument -n: not allowed with argument --smoke"),
 ])
 def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment):
@@ -332,12 +333,11 @@ def test_a_queue_that_could_not_write_its_state_is_named(folder):
 
 
 def test_notify_gets_the_line_of_each_run_and_of_the_end(folder):
-    """A relative path is seen from where the user is."""
+    """It runs in the folder where the user is."""
     (folder / "elsewhere").mkdir()
     script, lines = folder / "elsewhere/notify.sh", folder / "lines"
-    script.write_text(f'#!/bin/sh\necho "$1|$2" >> "{lines}"; echo noise; echo noise >&2; exit 1')
-    script.chmod(0o755)
-    result = run(folder, "--notify", "./notify.sh 'a word'", options=dict(cwd=script.parent), one={},
+    script.write_text(f'echo "$1|$2" >> "{lines}"; echo noise; echo noise >&2; exit 1')
+    result = run(folder, "--notify", "sh notify.sh 'a word'", options=dict(cwd=script.parent), one={},
                  two=dict(how="fail"))
     assert lines.read_text().splitlines() == [
         "a word|run 1 of 2: logs/one/000.txt: finished, "
