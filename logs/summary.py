@@ -59,8 +59,9 @@ def sparkline(losses: list[float]) -> str:
 def describe_end(log: Path, scale: str, num_iterations: int) -> str:
     """Return the log's last lines: the curve, the published runs' loss of this config and scale, the next command."""
     (losses, data), published = validations(log), ROOT / "logs/published" / Path(scale).stem
+    studies = f"{published.name}*/" if scale else ""
     known = [found[num_iterations]
-             for found, other in map(validations, sorted((published / log.parent.name).glob("*.txt")))
+             for found, other in map(validations, sorted(ROOT.glob(f"logs/published/{studies}{log.parent.name}/*.txt")))
              if found and max(found) == num_iterations and other in (None, data)]
     curve, lines = [loss for step, loss in losses.items() if step], []  # the loss at step 0 would flatten the others
     if curve:

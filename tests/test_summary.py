@@ -25,14 +25,15 @@ TWO_KNOWN = "\nknown: mine ended at 3.5000 in 2 published runs"
     ("", 20, (9, 5), "ours", TWO_KNOWN, "▁ from 5.0000 to 5.0000"),
     ("", 20, (9, 5), "others", "", "▁ from 5.0000 to 5.0000"),  # the published runs validated on other data
     ("", 30, (9, 5, 5), None, "", "▁▁ from 5.0000 to 5.0000"),
-    ("/my/tiny.toml", 20, (9, 5), None, "", "▁ from 5.0000 to 5.0000"),
+    ("/my/tiny.toml", 20, (9, 5), None, TWO_KNOWN, "▁ from 5.0000 to 5.0000"),  # any of a scale's studies
+    ("/my/small.toml", 20, (9, 5), None, "", "▁ from 5.0000 to 5.0000"),
     ("", 30, (9, *(2000 * [5]), 4), None, "", f"{'█' * 76}▁ from 5.0000 to 4.0000")])
 def test_the_end_shows_the_curve_the_known_loss_and_the_next_command(
         tmp_path, monkeypatch, scale, total, losses, data, known, curve):
     """The known loss is that of published runs on the same validation data, as far as their logs say."""
     monkeypatch.setattr(summary, "ROOT", tmp_path)
     log, others = tmp_path / "logs/mine/000.txt", tmp_path / "logs" if scale else "logs/published"
-    published = [tmp_path / f"logs/published/mine/{i:03d}.txt" for i in (3, 4)]
+    published = [tmp_path / f"logs/published/{'tiny_maps' * (scale != '')}/mine/{i:03d}.txt" for i in (3, 4)]
     for path, values in [(log, losses), (published[0], (9, 5, 3)), (published[1], (9, 5, 4))]:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = format_header("", {"val_data": data if path == log else "ours"}, "Running Python") if data else ""
