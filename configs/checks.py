@@ -164,8 +164,8 @@ def warn_of_lengths(train_seq_len: int, val_seq_len: int, max_window: int) -> st
     """Return a line if validation would use distances, in tokens, on which the model is not trained, else ""."""
     if (reach := min(max_window, val_seq_len)) <= train_seq_len:
         return ""
-    return (f"\nwarning: validation attends over {reach} tokens, training over {train_seq_len}: the loss would measure "
-            f"distances that training never shows; set val_seq_len to {train_seq_len}")
+    return (f"\nwarning: validation attends over {reach} tokens, training over {train_seq_len}: the loss would depend "
+            f"on distances that training never shows; set val_seq_len to {train_seq_len}")
 
 
 def warn_of_documents(num_val_documents: int) -> str:

@@ -44,6 +44,9 @@ def check(words):
         options.append("--scale=tiny")
     for config in (word for word in words if not word.startswith("--")):
         configuration, how, fetch = resolve(config, options)
+        if how == "ctrl-c":  # while it is checked
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         is_large = configuration.get("is_large") and "--scale=tiny" not in options and "KIND" not in os.environ
         if how == "mistake" or is_large and "--val_tokens=1" in options:
             print(f"train_gpt_medium.py: {config}: a mistake", file=sys.stderr)

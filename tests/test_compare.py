@@ -75,16 +75,17 @@ def test_the_published_comparison_is_as_approved_and_begins_with_the_answer_in_8
 
 def test_other_validation_data_and_times_of_other_machines_are_named(tmp_path, capsys):
     """A machine is that of any session of a run."""
-    for name, resumed, data in (("baseline", "a", 1), ("resumed", "b", 1), ("other", "c", 2)):
+    tuned = dict(coordinate_descent_tuning=True)
+    for name, resumed, data, keys in (("baseline", "a", 1, {}), ("resumed", "b", 1, tuned), ("other", "c", 2, {})):
         for i in range(2):
             session = "device: 8 ranks, A\nstarted: 2026-11-30 05:00:00 on a\nresumed at step 0 after 0ms of training; "
             session += f"2026-11-30 06:00:00 on {resumed}; device: 8 ranks, A\n"
-            log = our_log(session + result_lines(SHAPE - 0.1 * data + i / 1000), val_data=[data], seed=i)
+            log = our_log(session + result_lines(SHAPE - 0.1 * data + i / 1000), val_data=[data], seed=i, **keys)
             write(tmp_path / name / f"{i}.txt", log)
     out = run(capsys, tmp_path)[1]
     assert out.startswith("undecided: resumed.\n") and re.search("^other +not compared", out, re.MULTILINE)
     assert "\nValidated on other data or at another length, so not compared: other.\n" in out
-    assert "of different machines: 8 ranks, A on a (baseline, resumed); 8 ranks, A on b (resumed).\n" in out
+    assert "machines: 8 ranks, A on a (baseline); 8 ranks, A on a, tuned kernels (resumed); 8 ranks, A on b, tun" in out
     assert "\nin time to 2.92, on different machines: " in out
     published = write_runs(tmp_path / "published", [SHAPE, SHAPE + 0.001])
     out = run(capsys, tmp_path / "baseline", published)[1]

@@ -219,6 +219,12 @@ def test_a_mistake_is_one_line_before_the_first_run(folder, arguments, fragment)
     assert len(result.err.splitlines()) == 1 and fragment in result.err
 
 
+def test_a_ctrl_c_that_ends_the_check_ends_the_queue(folder):
+    """A smoke test checks amid its runs, when the queue collects signals."""
+    result = run(folder, one=dict(how="ctrl-c"))
+    assert (result.status, result.err) == (130, "")
+
+
 @pytest.mark.parametrize("command, other, last_line, made", [
     (MAKE_SHARD[1], {}, "", "shard"),
     alike("open('tried', 'a').write('x')", {}, ".*one.toml: no shards", "tried x"),
