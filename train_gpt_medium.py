@@ -426,7 +426,7 @@ class GPT(nn.Module):
                       for pair, more in zip(sa_lambdas.view(L, 2).unbind(), extra)]
         long_mask, short_mask = self.attention_masks(tokens, self.eot_id, window)
         x, *x0 = Share.apply(norm(self.embed(tokens)), 1 + L)
-        # Value embeddings enter here: each source is read once, and every layer that uses it gets the same values.
+        # Value embeddings enter here, where x is x0: each source is read once, and its layers get the same values.
         ve = [source(tokens, x) for source in self.value_embeds]  # (T, 128 * heads) each
         skips: dict[int, Tensor] = {}  # outputs that a later layer adds; keeping all would fill a validation's memory
         for i, block in enumerate(self.blocks):
@@ -820,7 +820,7 @@ def check_for_queue(config: Path, overrides: dict[str, str], cpu_scale: str = ""
     """Check a config and return what configs/run_queue.py needs.
 
     "refusal" says why this machine cannot train it, "data_fault" why its data or its finished runs forbid it; "" means
-    no reason. "fetch" is the command that gets missing data, or [].
+    no reason. "fetch" is the command that gets missing data, or []. A config without a scale gets `cpu_scale` on a CPU.
     """
     hp, (devices, device_kind) = load(Hyperparameters, config, overrides), distributed.count_devices()
     if cpu_scale and device_kind == "CPU cores" and not hp.scale:

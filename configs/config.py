@@ -153,7 +153,7 @@ class OneLineParser(ArgumentParser):
 
 
 def parse_command_line(cls: type, arguments: Sequence[str], about: str) -> tuple[list[Path], dict[str, str], Namespace]:
-    """Return the configs, the text of each overridden key, and the options `check` and `json`.
+    """Return the configs, the text of each overridden key, and the options `check`, `json` and `cpu_scale`.
 
     Raises ValueError for an unknown option, a missing config, or a word that is not a config. Answers --help and exits.
     """

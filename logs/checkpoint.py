@@ -189,7 +189,7 @@ def begin_log(log: RunLog, identity: dict[str, Any], state: dict[str, Any] | Non
     """Write the header, or a resumed run's line; return the step and the training time (ms) to begin at."""
     if state is None:
         configuration = {name: value for name, value in identity.items() if name != "code"}
-        log.to_file(format_header(identity["code"], configuration, describe_environment(), drawing,
+        log.write(format_header(identity["code"], configuration, describe_environment(), drawing,
                                   describe_device(device), f"started: {here_and_now()}"))
         return 0, 0.0
     step, time_ms = state["step"], state["train_time_ms"]

@@ -90,9 +90,9 @@ def answer(comparison: Comparison, num_runs: int, missed: int) -> list[str]:
     if diverged := [f"{name} ({n} of {len(runs)} runs)" for name, runs in comparison.runs.items()
                     if name not in comparison.loss.effects and (n := count_diverged(runs))]:
         lines.append(f"Diverged: {list_names(diverged)}.")
-    code = {name: syntax(run.header.code) for name, (run, *_) in comparison.runs.items()}
-    compared = comparison.loss.effects | comparison.time.effects
-    if others := [name for name in compared if code[name] != code[baseline]]:
+    own = syntax(comparison.runs[baseline][0].header.code)
+    if others := [name for name in comparison.loss.effects | comparison.time.effects
+                  if syntax(comparison.runs[name][0].header.code) != own]:
         lines.append(f"Code other than the baseline's, or unknown: {list_names(others)}.")
     if any(effect.p is not None for effect in comparison.time.effects.values()):
         caution = ", on different machines" if machines_of_times(comparison) else ""

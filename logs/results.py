@@ -127,14 +127,14 @@ def files_below(folder: Path) -> list[Path]:
     """Return the sorted files below a folder: follow links, visit each folder once, leave out hidden names."""
     found, seen, level = [], set(), [folder]
     while level:  # of several paths to one folder the shortest counts and, among those, one that is not a link
-        below = []
+        children = []
         for root in level:
-            if (real := os.path.realpath(root)) not in seen:
-                seen.add(real)
-                with suppress(OSError):
-                    for path in (path for path in root.iterdir() if path.name[0] != "."):
-                        (below if path.is_dir() else found).append(path)
-        level = sorted(below, key=lambda path: (path.is_symlink(), path))
+            with suppress(OSError):
+                children += [] if os.path.realpath(root) in seen else root.iterdir()
+            seen.add(os.path.realpath(root))
+        visible = [path for path in children if path.name[0] != "."]
+        found += [path for path in visible if not os.path.isdir(path)]
+        level = sorted(filter(os.path.isdir, visible), key=lambda path: (path.is_symlink(), path))
     return sorted(found)
 
 

@@ -148,7 +148,7 @@ class RunLog:
             shutil.copyfile(self.path, next(path for path in names if not path.exists()))
         os.ftruncate(self.file.fileno(), size)
 
-    def to_file(self, text: str, and_say: bool = False) -> None:
+    def write(self, text: str, and_say: bool = False) -> None:
         """Write a line to the file and, if asked, to standard output."""
         if self.path is not None:
             self.file.write(f"{text}\n")
@@ -159,7 +159,7 @@ class RunLog:
         """Write a line to the file and to standard output."""
         if self.bar:
             self.bar.clear()  # its next update draws it again, below the line
-        self.to_file(text, and_say=True)
+        self.write(text, and_say=True)
 
     def show_progress(self, num_iterations: int, step: int) -> None:
         """Show a bar instead of training lines if standard output is a terminal."""
@@ -169,7 +169,7 @@ class RunLog:
 
     def train_line(self, step: int, num_iterations: int, train_time_ms: float) -> None:
         """Write a training step's line to the file; on standard output, advance the bar or print every 25th line."""
-        self.to_file(format_step_line(step, num_iterations, train_time_ms), not self.bar and step % PRINT_EVERY == 0)
+        self.write(format_step_line(step, num_iterations, train_time_ms), not self.bar and step % PRINT_EVERY == 0)
         if self.bar:
             self.bar.update()
 
@@ -178,7 +178,7 @@ class RunLog:
 
         It has no "step:", so no parser of the speedrun's logs takes it for a step line.
         """
-        self.to_file(f"training loss in step {step} (last sequence of rank 0): {loss:.4f}", not self.bar)
+        self.write(f"training loss in step {step} (last sequence of rank 0): {loss:.4f}", not self.bar)
 
     def validation_line(self, step: int, num_iterations: int, train_time_ms: float, val_loss: float) -> None:
         self.line(format_step_line(step, num_iterations, train_time_ms, val_loss))
@@ -189,8 +189,8 @@ class RunLog:
         """Write the last line, with date and host, after the line of a divergence. Ignore a failure to write them."""
         with suppress(OSError):
             if why.startswith("diverged at step "):
-                self.to_file(why)
-            self.to_file(f"ended: {here_and_now()}: {why}")
+                self.write(why)
+            self.write(f"ended: {here_and_now()}: {why}")
             if self.bar:
                 self.bar.close()
 
